@@ -1,0 +1,491 @@
+"""The language model: Llama 1, 2 and 3 (so Vicuna and SmolLM2 as well), and the two kinds of tokenizer they come with.
+
+A decoder is a stack of equal blocks. Each reads the running sum x of its predecessors through a norm, and adds to it:
+
+    x = x + attention(norm(x))       looks at this position and those before it
+    x = x + mlp(norm(x))             thinks about each position by itself
+
+Positions enter only inside the attention: queries and keys are turned by an angle proportional to their position
+(RoPE), so that their products depend on distances. `Llama` knows tensors, never text or pictures; a picture arrives as
+rows of `embeds`. The tokenizers, at the end, know text and nothing else.
+"""
+import codecs
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+from clip import attention
+from weights import Tensors, UserError, load, read_config, read_json, save
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class LlamaConfig:
+    """The names are Hugging Face's. Absent in a config.json, the optional ones mean what they mean there."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None             # fewer than heads: grouped-query attention. None: as many
+    head_dim: int | None = None                        # None: hidden_size / heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"{self.num_attention_heads} attention heads can't evenly share {self.num_key_value_heads} "
+                            "key/value heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd, and RoPE turns pairs")
+
+    @classmethod
+    def from_dict(cls, d: dict, where: str = "config.json") -> "LlamaConfig":
+        """From a public config.json (`where`). What this file doesn't implement is a UserError, never ignored."""
+        only = {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
+                "mlp_bias": (False, None), "quantization_config": (None,), "rope_scaling": (None,)}
+        for key, fine in only.items():
+            if d.get(key) not in fine:
+                raise UserError(f"{where}: {key} is {d.get(key)!r}; the language model needs {fine[0]!r} here")
+        rope = d.get("rope_parameters") or {}          # where transformers 5 keeps rope_theta, and any scaling
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not implemented, only 'default' is")
+        fields = {key: d[key] for key in cls.__dataclass_fields__ if key in d}
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(fields.get(key), int) or fields[key] < 1:
+                raise UserError(f"{where}: {key} should be a positive whole number, not {fields.get(key)!r}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """What the public config.json of this model says."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, **asdict(self)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. As in Llama 2: the quotient in float32, cast back, and only then times the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, hd/2) float32, of the angle position * theta^(-2j/hd) by which pair j is turned.
+
+    Always float32, and never a buffer of a module: model.to(bfloat16) would cast it, and in bfloat16 the angles of
+    position 4000 are wrong by whole turns. A model's rope_scaling would change inv_freq, here.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** exponent                                   # (hd/2,)
+    angles = positions[:, None, :, None].float() * inv_freq                          # (B, 1, T, hd/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of x (B, H, T, hd). Pair j is (x[j], x[j + hd/2]), as in Hugging Face's weights.
+
+    Meta's own files pair neighbours (x[2j], x[2j + 1]) instead; one read as the other runs, and talks gibberish.
+    """
+    a, b = x.chunk(2, dim=-1)                                                        # (B, H, T, hd/2) each
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of all positions so far, for every layer, so that a new token costs one position of work.
+
+    Allocated once for `length` positions: growing it by concatenation would copy all of it for every token.
+    `.length` is the number of positions filled; Llama.hidden appends. For decoding without gradients.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)                   # (L, B, n_kv, length, hd)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.room, self.length = length, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, n_kv, T, hd) of one layer; all of its keys and values so far, (B, n_kv, length + T, hd)."""
+        end = self.length + k.shape[2]
+        if end > self.room:
+            raise UserError(f"the key/value cache has room for {self.room} positions, not for {end}; make it longer")
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Each key/value head serves n_heads / n_kv consecutive query heads (all equal: Llama 1)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.n_heads, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
+                cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)   # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
+        v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                                         # (B, n_kv, Tk, hd)
+        group = self.n_heads // self.n_kv
+        if T == 1:     # one query a head: those of a group become rows of one product, so the cache needs no copies
+            q = q.view(B, self.n_kv, group, self.head_dim)
+        elif group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)   # (B, H, Tk, hd)
+        y = attention(q, k, v, mask=mask, causal=causal)                             # (B, H, T, hd)
+        return self.o_proj(y.reshape(B, self.n_heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))   # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))           # (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
+                cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache, layer)   # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))                                   # (B, T, D)
+
+
+class Llama(nn.Module):
+    """The decoder. Built from a LlamaConfig it is randomly initialised; `from_pretrained` reads a folder.
+
+    When tie_word_embeddings is set, lm_head.weight is the very tensor embed_tokens.weight.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """For training from scratch: normal, std 0.02, and less where a block adds to the residual sum (as in GPT-2).
+
+        PyTorch's own N(0, 1) for embeddings would make a tied head start at a loss in the hundreds.
+        """
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))      # two of them a layer
+                nn.init.normal_(p, std=0.02 * (2 * self.config.num_hidden_layers) ** -0.5 if residual else 0.02)
+            else:
+                nn.init.ones_(p)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings, (B, T) -> (B, T, D)."""
+        return self.embed_tokens(tokens)
+
+    def hidden(self, tokens: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
+               positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, D) after the final norm: what lm_head turns into logits.
+
+        tokens (B, T) or embeds (B, T, D): the new positions. With a cache they follow its cache.length old ones and are
+        appended to it. mask (B, T_total) bool: which of the old and new positions are real; padding may be left or
+        right, and nobody looks at it (what comes out AT a padded position means nothing). positions (B, T): default
+        0, 1, 2, ... counted on from the cache, over real positions only if there is a mask.
+        """
+        if (tokens is None) == (embeds is None):
+            raise ValueError("give either tokens or embeds")
+        x = self.embed(tokens) if embeds is None else embeds                         # (B, T, D)
+        B, T, _ = x.shape
+        past = cache.length if cache is not None else 0
+        if mask is not None and mask.shape != (B, past + T):
+            raise ValueError(f"mask is {tuple(mask.shape)}; {past} old and {T} new positions need {(B, past + T)}")
+        if positions is None and mask is None:
+            positions = torch.arange(past, past + T, device=x.device)[None]          # (1, T)
+        elif positions is None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]                 # (B, T)
+        cos, sin = rope(self.config, positions)                                      # (B, 1, T, hd/2)
+        look, causal = self._looks(mask, past, T, x.device)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, look, causal, cache, i)                           # (B, T, D)
+        if cache is not None:
+            cache.length += T      # once for all layers, which append at the same place
+        return self.norm(x)
+
+    @staticmethod
+    def _looks(mask: Tensor | None, past: int, T: int, device) -> tuple[Tensor | None, bool]:
+        """Who may look at whom, for attention(): a (B, 1, T, T_total) mask where needed, and the causal flag."""
+        look = None if mask is None else mask.bool()[:, None, None, :]               # (B, 1, 1, T_total)
+        if T == 1:
+            return look, False     # the newest position sees all there is
+        if past == 0:
+            return look, True
+        before = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]   # (1, 1, T, T_total)
+        return (before if look is None else look & before), False
+
+    def forward(self, tokens: Tensor | None = None, embeds: Tensor | None = None, mask: Tensor | None = None,
+                positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of the next token at every new position. Arguments as in `hidden`."""
+        return self.lm_head(self.hidden(tokens, embeds, mask, positions, cache))
+
+    @classmethod
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype = torch.float32, device="cpu",
+                        prefix: str = "") -> "Llama":
+        """Read a Hugging Face Llama folder; with prefix "llm.", the language model inside a VLM's folder.
+
+        UserError for anything that doesn't fit exactly, and for architectures that only resemble Llama.
+        """
+        config = read_config(dir)
+        if prefix:
+            config = config.get(prefix.rstrip("."))
+            if not isinstance(config, dict):
+                raise UserError(f"{dir}: no {prefix.rstrip('.')!r} in config.json, so no language model in this folder")
+        with torch.device("meta"):
+            model = cls(LlamaConfig.from_dict(config, f"{dir}/config.json"))
+        unneeded = [prefix + "*.rotary_emb.inv_freq"]                                # old saves; the config gives it
+        if prefix:
+            unneeded += ["vision.*", "fuser.*", "projector.*"]                       # the rest of a VLM
+        tensors, head, embed = Tensors(dir), prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
+        if model.config.tie_word_embeddings and head in tensors and embed in tensors:
+            if not torch.equal(tensors[head], tensors[embed]):
+                raise UserError(f"{tensors.file(head)}: {head} differs from {embed}, but config.json's "
+                                "tie_word_embeddings says they are one")
+            unneeded.append(head)
+
+        def rename(name: str) -> str | None:
+            return name.removeprefix(prefix).removeprefix("model.") if name.startswith(prefix) else None
+
+        return load(model, tensors, rename, tuple(unneeded), dtype, device)
+
+    def save_pretrained(self, dir: str | Path) -> None:
+        """Write the public layout, which transformers' LlamaForCausalLM reads; a tied head is not written twice."""
+        tensors = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in self.named_parameters()}
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        save(dir, tensors, {**self.config.to_dict(), "torch_dtype": dtype})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+# How text is cut into words before byte pairs are merged inside each word; the alternatives are tried from the left.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2: every digit alone, then GPT2 on what lies between. In one expression: white space may run up to a digit.
+DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """Text to ids and back. `from_pretrained` picks sentencepiece or byte-level BPE by the file it finds.
+
+    `encode` sees text only: "</s>" or "<|im_end|>" typed by somebody is encoded as letters, never as a control id.
+    bos_id (None where there is none), eos_ids (a set: any of them ends an answer), vocab_size, file (its one file).
+    """
+
+    def __init__(self, file: Path, encode: Callable[[str, bool], list[int]], pieces: list[bytes | None],
+                 bos_id: int | None, eos_ids: set[int], prefix_space: bool):
+        self.file, self._encode, self._pieces = file, encode, pieces                 # id -> its bytes; None: control
+        self.bos_id, self.eos_ids, self._prefix_space = bos_id, eos_ids, prefix_space
+        self.vocab_size = len(pieces)
+
+    @classmethod
+    def from_pretrained(cls, dir: str | Path) -> "Tokenizer":
+        """Read tokenizer.model (sentencepiece: Llama 1, 2, Vicuna) or tokenizer.json (byte pairs: SmolLM2, Llama 3)."""
+        dir = Path(dir)
+        config = read_config(dir) if (dir / "config.json").is_file() else {}
+        config = config.get("llm", config)                                           # in a VLM's folder
+        if (dir / "tokenizer.model").is_file():
+            return cls(dir / "tokenizer.model", *_sentencepiece(dir / "tokenizer.model", config))
+        if (dir / "tokenizer.json").is_file():
+            return cls(dir / "tokenizer.json", *_byte_level(dir / "tokenizer.json", config))
+        raise UserError(f"{dir}: no tokenizer here (looked for tokenizer.model and tokenizer.json)")
+
+    def encode(self, text: str, bos: bool = False, continues: bool = False) -> list[int]:
+        """Ids of a text. bos: put bos_id before them. continues: the text goes on after other ids.
+
+        Sentencepiece puts a space before every text; one that continues has none: "USER:" after "</s>" is one word.
+        """
+        if bos and self.bos_id is None:
+            raise UserError(f"{self.file}: this tokenizer has no bos token")
+        return [self.bos_id] * bos + self._encode(text, continues)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, control ids left out. Bytes that are not UTF-8 become U+FFFD."""
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """decode() piece by piece, as ids come in. A character of several ids comes out whole, with its last one."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        first = self._prefix_space
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise UserError(f"{self.file}: there is no token {int(id)}, the vocabulary has {self.vocab_size}")
+            piece = self._pieces[id]
+            if piece is None:
+                continue
+            text = decoder.decode(piece.removeprefix(b" ") if first else piece)      # the space that encode put there
+            first = False
+            if text:
+                yield text
+        if rest := decoder.decode(b"", final=True):                                  # cut off in mid-character
+            yield rest
+
+
+def _ids(config: dict, key: str) -> list[int]:
+    """config.json says nothing, one id or several."""
+    value = config.get(key)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _sentencepiece(path: Path, config: dict):
+    """Llama 1 and 2: everything Tokenizer wants of a tokenizer.model."""
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path}: not a sentencepiece model. (Llama 3's tiktoken format is not read yet: use a folder "
+                        "with tokenizer.json.)") from e
+    n, newline = sp.vocab_size(), sp.encode("\n")
+    if sp.eos_id() < 0 or not any(sp.is_byte(id) for id in range(n)):
+        raise UserError(f"{path}: needs an eos token and byte fallback, as Llama's tokenizer has")
+    if len(newline) != 2 or sp.id_to_piece(newline) != ["▁", "<0x0A>"]:
+        raise UserError(f"{path}: changes line breaks (normalisation), which Llama's tokenizer doesn't")
+
+    def encode(text: str, continues: bool) -> list[int]:
+        if not continues:
+            return sp.encode(text)
+        ids = sp.encode("\n" + text)      # the prefix space sticks to the newline, a byte that merges with nothing
+        if ids[:2] != newline:
+            raise UserError(f"{path}: merges a line break with what follows it, which Llama's tokenizer doesn't")
+        return ids[2:]
+
+    eos_ids = {sp.eos_id(), *_ids(config, "eos_token_id")}
+    pieces = []
+    for id in range(n):
+        piece = sp.id_to_piece(id)
+        control = sp.is_control(id) or sp.is_unknown(id) or id in eos_ids
+        byte = bytes([int(piece[1:-1], 16)]) if sp.is_byte(id) else None             # "<0x0A>" stands for one byte
+        pieces.append(None if control else byte or piece.replace("▁", " ").encode())
+    return encode, pieces, sp.bos_id() if sp.bos_id() >= 0 else None, eos_ids, True
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2 writes bytes as visible characters: printable Latin-1 as itself, the other 68 from U+0100 on, in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _word_pattern(path: Path, spec: dict) -> str:
+    """The regular expression that a tokenizer.json's normalizer, pre_tokenizer and model settings amount to."""
+    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers") or [spec.get("pre_tokenizer") or {}]
+    *cuts, last = steps
+    model, kinds = spec.get("model") or {}, [step.get("type") for step in steps]
+    usual = (spec.get("normalizer") is None and model.get("type") == "BPE" and not model.get("byte_fallback")
+             and not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
+             and last.get("type") == "ByteLevel" and not last.get("add_prefix_space"))
+    if usual and last.get("use_regex", True):
+        if kinds == ["ByteLevel"]:
+            return GPT2
+        if kinds == ["Digits", "ByteLevel"] and cuts[0].get("individual_digits"):
+            return DIGITS
+    elif usual and kinds == ["Split", "ByteLevel"] and cuts[0].get("pattern") == {"Regex": LLAMA3} \
+            and cuts[0].get("behavior") == "Isolated" and not cuts[0].get("invert"):
+        return LLAMA3
+    raise UserError(f"{path}: not a byte-level BPE of a kind known here (GPT-2's, SmolLM2's, Llama 3's); a Llama 2 "
+                    "tokenizer needs its tokenizer.model")
+
+
+def _byte_level(path: Path, config: dict):
+    """SmolLM2, Llama 3: everything Tokenizer wants of a tokenizer.json. The merging is tiktoken's.
+
+    tiktoken merges the pair whose product has the lowest rank; the file lists merges in order. So ranks follow the
+    merges, and `table` leads from ranks to ids. A byte without an id (SmolLM2 lacks 21,
+    rare control characters and bytes that UTF-8 hardly uses) is left out, as by Hugging Face.
+    """
+    spec = read_json(path)
+    pattern, alphabet, vocab = _word_pattern(path, spec), _byte_alphabet(), spec["model"]["vocab"]
+    control = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    if plain := [token["content"] for token in spec.get("added_tokens", []) if not token["special"]]:
+        raise UserError(f"{path}: added tokens that are not special are not implemented ({plain[0]!r})")
+
+    def unescape(token: str) -> bytes:
+        if strange := set(token) - set(alphabet):
+            raise UserError(f"{path}: {min(strange)!r} in {token!r} is not a letter of the byte alphabet")
+        return bytes(alphabet[char] for char in token)
+
+    ids = {unescape(token): id for token, id in vocab.items() if token not in control}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]]
+    order = [bytes([byte]) for byte in range(256)] + [unescape(left + right) for left, right in merges]
+    if spec["model"].get("ignore_merges"):             # Llama 3: any word that is in the vocabulary is one token
+        order += sorted(ids, key=ids.get)
+    order = list(dict.fromkeys(order))                 # several merges may have one product: the first counts
+    if lost := [token for token in order[256:] if token not in ids]:
+        raise UserError(f"{path}: a merge makes {lost[0]!r}, which is not in the vocabulary")
+    bpe = tiktoken.Encoding(path.name, pat_str=pattern, special_tokens={},
+                            mergeable_ranks={token: rank for rank, token in enumerate(order)})
+    table = [ids.get(token) for token in order]
+
+    def encode(text: str, continues: bool) -> list[int]:
+        return [id for rank in bpe.encode_ordinary(text) if (id := table[rank]) is not None]
+
+    beside = path.with_name("tokenizer_config.json")   # names control tokens by their text
+    names = read_json(beside) if beside.is_file() else {}
+
+    def control_ids(key: str) -> list[int]:
+        name = names.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and name not in control:
+            raise UserError(f"{beside}: {key} {name!r} is not among the added tokens of {path.name}")
+        return ([] if name is None else [control[name]]) + _ids(config, key + "_id")
+
+    bos, eos = control_ids("bos_token"), control_ids("eos_token")
+    if not eos:
+        raise UserError(f"{path}: neither tokenizer_config.json nor config.json beside it says which token ends a text")
+    pieces = [None] * (1 + max([*ids.values(), *control.values()]))
+    for token, id in ids.items():
+        if id not in eos:
+            pieces[id] = token
+    return encode, pieces, bos[0] if bos else None, set(eos), False

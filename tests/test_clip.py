@@ -1,0 +1,386 @@
+"""clip.py against transformers' CLIP, Pillow's processor and LLaVA's padding; the two attentions against each other."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import clip
+from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig, attention, open_image, preprocess
+from weights import UserError
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VISION = dict(image_size=30, patch_size=7, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+              num_attention_heads=4)
+TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=9, eos_token_id=98)
+IDS = torch.tensor([[5, 7, 98, 0, 0], [98, 98, 3, 4, 98], [1, 2, 3, 4, 98]])
+
+
+def relative(ours, theirs):
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def shake(model):
+    """Random norms and biases too: a twin that ignores a bias of zero would pass."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def public_clip(**text):
+    config = transformers.CLIPConfig(vision_config=VISION, text_config=TEXT | text, projection_dim=24)
+    return shake(transformers.CLIPModel(config))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def masks():
+    torch.manual_seed(0)
+    some = torch.rand(2, 1, 5, 5) < 0.5
+    some[0, 0, 2] = False                                   # a row that may look nowhere
+    keys = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()[:, None, None]     # a sequence that is all padding
+    return [(None, False), (None, True), (some, False), (some, True), (keys, False), (keys, True), (some[1, 0], False)]
+
+
+@pytest.mark.parametrize("mask, causal", masks())
+def test_attention_fused_equals_written_out(mask, causal, monkeypatch):
+    torch.manual_seed(2)
+    qkv = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    cotangent, results = torch.randn(2, 3, 5, 4, dtype=torch.float64), []
+    for amx in (False, True):                               # True makes the dispatcher take the written-out form
+        monkeypatch.setattr(clip, "AMX", amx)
+        out = attention(*qkv, mask, causal)
+        results.append([out, *torch.autograd.grad(out, qkv, cotangent)])
+    assert all(r.isfinite().all() for r in results[0] + results[1])
+    for fused, written in zip(*results):
+        torch.testing.assert_close(fused, written, rtol=1e-12, atol=1e-12)
+    # and both against a loop over rows that is too simple to be wrong
+    q, k, v = (t.detach() for t in qkv)
+    allowed = torch.ones(2, 3, 5, 5, dtype=torch.bool) if mask is None else mask.expand(2, 3, 5, 5)
+    for b, h, t in np.ndindex(2, 3, 5):
+        look = [s for s in range(5) if allowed[b, h, t, s] and (s <= t or not causal)]
+        row = torch.zeros(4, dtype=torch.float64)
+        if look:
+            row = (k[b, h, look] @ q[b, h, t] / 2).softmax(0) @ v[b, h, look]
+        torch.testing.assert_close(results[0][0][b, h, t], row, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_picks_by_hardware_and_training(monkeypatch):
+    calls = []
+    monkeypatch.setattr(clip, "_written_out", lambda *a: calls.append("written out"))
+    monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
+    leaf, plain = torch.randn(1, 1, 2, 2, requires_grad=True), torch.randn(1, 1, 2, 2)
+    for amx in (True, False):
+        monkeypatch.setattr(clip, "AMX", amx)
+        attention(plain, plain, leaf)
+        attention(plain, plain, plain)
+        with torch.no_grad():
+            attention(leaf, leaf, leaf)
+    assert calls == ["written out"] + 5 * ["fused"]
+
+
+def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, t, 8, dtype=torch.bfloat16) for t in (1, 6, 6))
+    mask = torch.tensor([[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()[:, None, None]
+    fused, written = clip._fused(q, k, v, mask, False), clip._written_out(q, k, v, mask, False)
+    assert fused.dtype == written.dtype == torch.bfloat16 and (written[1] == 0).all() and (fused[1] == 0).all()
+    torch.testing.assert_close(fused, written, rtol=0.02, atol=0.02)
+
+
+def test_an_empty_row_is_zero_whatever_the_kernel_makes_of_it(monkeypatch):
+    """torch's CPU kernel happens to give zeros for 0/0; this one gives NaN, as some GPU kernels did."""
+    def naive(q, k, v, attn_mask):
+        return (q @ k.mT).masked_fill(~attn_mask, -math.inf).softmax(-1) @ v
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", naive)
+    q, mask = torch.randn(1, 1, 3, 2), torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    out = clip._fused(q, q, q, mask, False)
+    assert out.isfinite().all() and (out[0, 0, 1] == 0).all() and torch.equal(out[0, 0, 0], q[0, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The towers against transformers
+
+def test_hidden_states_equal_transformers_and_numbering():
+    theirs = shake(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)))
+    ours = CLIPVision(CLIPVisionConfig.from_dict(VISION))
+    assert ours.grid == 4                                   # 30 // 7, as the convolution sees it
+    names = clip._from_public(ours)
+    ours.load_state_dict({names[k]: v for k, v in theirs.state_dict().items() if "position_ids" not in k})
+    pixels = torch.randn(2, 3, 30, 30)
+    with torch.no_grad():
+        want, got = theirs(pixels, output_hidden_states=True), ours(pixels)
+        assert got.shape == (4, 2, 17, 48)
+        for layer in range(4):
+            assert relative(got[layer], want.hidden_states[layer]) < 1e-5
+        assert relative(ours.pooled(got), want.pooler_output) < 1e-5
+        assert torch.equal(ours(pixels, n_layers=2), got[:3]) and torch.equal(ours(pixels, 0), got[:1])
+
+
+def test_hidden_states_at_vit_l_14_336():
+    """The real shape: width 1024, 16 heads, 577 positions; random weights, one picture. Two layers, as all 24
+    take half a minute on two cores: SLOW=1 in the environment runs them."""
+    with torch.device("meta"):
+        whole = CLIPVision(CLIPVisionConfig())
+    assert sum(p.numel() for p in whole.parameters()) == 303_507_456 and len(list(whole.parameters())) == 391
+
+    n = 24 if os.environ.get("SLOW") else 2
+    with torch.device("meta"):
+        ours = CLIPVision(CLIPVisionConfig(num_hidden_layers=n))
+        theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+            image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=n,
+            num_attention_heads=16))
+    torch.manual_seed(0)
+    shared = {name: torch.empty(p.shape).normal_(std=0.03) + ("norm" in name and name.endswith("weight"))
+              for name, p in ours.named_parameters()}
+    ours.load_state_dict(shared, assign=True)               # both models on the same memory: 1.2 GB, not 2.4
+    theirs.load_state_dict({clip._to_public(k): p for k, p in shared.items()}, strict=False, assign=True)
+    theirs.embeddings.position_ids = torch.arange(577)[None]
+    assert not any(p.is_meta for p in theirs.parameters())
+    with torch.no_grad():
+        pixels = torch.randn(1, 3, 336, 336)
+        want, got = theirs.eval()(pixels, output_hidden_states=True).hidden_states, ours(pixels)
+    assert got.shape == (n + 1, 1, 577, 1024)
+    assert max(relative(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
+
+
+def test_a_public_clip_loads_and_agrees(tmp_path):
+    theirs = public_clip()
+    theirs.save_pretrained(tmp_path)
+    ours, pixels = CLIP.from_pretrained(tmp_path), torch.randn(2, 3, 30, 30)
+    with torch.no_grad():
+        want = theirs(input_ids=IDS, pixel_values=pixels)
+        assert relative(ours(pixels, IDS), want.logits_per_image) < 1e-5
+        assert relative(ours.encode_text(IDS), theirs.get_text_features(IDS).pooler_output) < 1e-5
+        assert relative(ours.encode_image(pixels), theirs.get_image_features(pixels).pooler_output) < 1e-5
+        tower = CLIPVision.from_pretrained(tmp_path)        # the tower alone, out of the same folder
+        assert torch.equal(tower(pixels), ours.vision(pixels))
+    half = CLIPVision.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and half(pixels).dtype == torch.bfloat16
+
+
+def test_transformers_reads_what_we_save(tmp_path):
+    ours = shake(CLIP(CLIPVisionConfig(**VISION), CLIPTextConfig(**TEXT), projection_dim=24))
+    ours.save_pretrained(tmp_path)
+    theirs, info = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pixels = torch.randn(2, 3, 30, 30)
+    with torch.no_grad():
+        assert relative(ours(pixels, IDS), theirs.eval()(input_ids=IDS, pixel_values=pixels).logits_per_image) < 1e-5
+    again = CLIP.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    vision = transformers.CLIPVisionModel.from_pretrained(tmp_path)
+    assert relative(ours.vision(pixels)[-1], vision(pixels).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["flat", "prefixed", "position_ids", "vlm"])
+def test_image_tower_from_every_layout(tmp_path, layout):
+    theirs = shake(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)))
+    theirs.save_pretrained(tmp_path)
+    flat = load_file(tmp_path / "model.safetensors")
+    assert "embeddings.class_embedding" in flat             # what transformers 5 writes
+    if layout == "vlm":
+        names = clip._from_public(CLIPVision(CLIPVisionConfig(**VISION)))
+        tensors = {f"vision.{names[k]}": v for k, v in flat.items()}
+        tensors |= {name: torch.ones(1) for name in ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")}
+        (tmp_path / "config.json").write_text(json.dumps({"vision": VISION, "llm": {}}))
+    else:
+        tensors = {("" if layout == "flat" else "vision_model.") + k: v for k, v in flat.items()}
+    if layout == "position_ids":                            # older files store this buffer
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pixels = torch.randn(1, 3, 30, 30)
+    with torch.no_grad():
+        want = theirs(pixels, output_hidden_states=True).hidden_states
+        got = CLIPVision.from_pretrained(tmp_path)(pixels)
+    assert max(relative(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
+
+
+def test_the_legacy_end_of_text_rule(tmp_path):
+    """eos_token_id = 2, as in OpenAI's own files: the text ends at its highest id, wherever 2 stands."""
+    theirs = public_clip(eos_token_id=2)
+    theirs.save_pretrained(tmp_path)
+    ids = torch.tensor([[2, 5, 98, 2, 2], [3, 97, 4, 2, 1]])
+    with torch.no_grad():
+        got, want = CLIP.from_pretrained(tmp_path).encode_text(ids), theirs.get_text_features(ids).pooler_output
+    assert relative(got, want) < 1e-5
+
+
+def test_text_after_the_end_changes_nothing():
+    model = shake(CLIP(CLIPVisionConfig(**VISION), CLIPTextConfig(**TEXT)))
+    a, b = torch.tensor([[5, 98, 0, 0]]), torch.tensor([[5, 98, 98, 7]])
+    torch.testing.assert_close(model.encode_text(a), model.encode_text(b))
+
+
+def test_it_trains_from_scratch():
+    """Both towers from their first weights: a few steps bring eight pairs together."""
+    torch.manual_seed(0)
+    model = CLIP(CLIPVisionConfig(**VISION), CLIPTextConfig(**TEXT))
+    assert math.isclose(model.logit_scale.exp().item(), 1 / 0.07, rel_tol=1e-4)
+    pixels, losses = torch.randn(8, 3, 30, 30), []
+    ids = torch.stack([torch.arange(1, 9), torch.full((8,), 98)], dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(10):
+        logits = model(pixels, ids)
+        losses.append(sum(torch.nn.functional.cross_entropy(x, torch.arange(8)) for x in (logits, logits.T)) / 2)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def noise(width, height, mode="RGB"):
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+# width, height: landscape, portrait, already square, one off, tiny, slivers, odd
+SIZES = [(640, 480), (480, 640), (336, 336), (337, 336), (335, 336), (28, 28), (1, 1), (1, 17), (17, 1), (3, 50),
+         (2, 3), (101, 99), (255, 256), (500, 333), (333, 500), (7, 300), (1023, 767), (96, 96), (671, 337)]
+
+
+def processor(size):
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def llava_square(image):
+    """What LLaVA's padding comes to, written with arrays."""
+    array = np.array(image)
+    height, width = array.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), dtype=np.uint8)
+    square[:] = [int(x * 255) for x in (0.48145466, 0.4578275, 0.40821073)]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top:top + height, left:left + width] = array
+    return Image.fromarray(square)
+
+
+@pytest.mark.parametrize("size", [336, 97])
+def test_pixels_equal_the_public_processor(size):
+    theirs = processor(size)
+    for width, height in SIZES:
+        image = noise(width, height)
+        got = preprocess(image, size, pad=False)
+        want = theirs(image, return_tensors="pt")["pixel_values"][0]
+        assert got.dtype == torch.float32 and got.shape == (3, size, size)
+        assert (got - want).abs().max() <= 1e-6, (width, height)
+        got = preprocess(image, size, pad=True)
+        want = theirs(llava_square(image), return_tensors="pt")["pixel_values"][0]
+        assert (got - want).abs().max() <= 1e-6, (width, height, "padded")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_other_modes_become_rgb(mode):
+    image = noise(40, 30, mode)
+    want = processor(28)(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    assert (preprocess(image, 28, pad=False) - want).abs().max() <= 1e-6
+
+
+def test_padding_is_clips_mean_colour_not_zero():
+    pixels = preprocess(noise(300, 100), 336, pad=True)
+    expected = torch.tensor([-0.01125, -0.01120, -0.00133])
+    torch.testing.assert_close(pixels[:, 5, 5], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels[:, 330, 330], expected, atol=1e-5, rtol=0)
+
+
+def test_slivers_are_refused_before_they_fill_the_memory():
+    with pytest.raises(UserError, match="1 x 60000"):
+        preprocess(Image.new("RGB", (1, 60000)), 336, pad=True)
+    with pytest.raises(UserError, match="60000 x 1"):
+        preprocess(Image.new("RGB", (60000, 1)), 336, pad=False)
+    with pytest.raises(UserError, match="no pixels"):
+        preprocess(Image.new("RGB", (0, 5)), 336, pad=False)
+
+
+def test_open_image(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    noise(20, 10, "P").save(path)
+    assert open_image(path).mode == "RGB" and open_image(str(path)).size == (20, 10)
+    exif = Image.Exif()
+    exif[274] = 6                                           # "turn me by 90 degrees": LLaVA doesn't
+    noise(20, 10).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 10)
+    (tmp_path / "half.png").write_bytes(path.read_bytes()[:150])
+    noise(200, 200).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "zero.ppm").write_bytes(b"P6 0 4 255\n")
+    for name in ("missing.png", "half.png", "half.jpg", "text.jpg", "empty.jpg", "zero.ppm", "."):
+        with pytest.raises(UserError) as error:
+            open_image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(UserError, match="a.png.*bomb"):
+        open_image(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong is named
+
+@pytest.mark.parametrize("key, value", [("hidden_act", "gelu"), ("num_channels", 1), ("attention_dropout", 0.1),
+                                        ("hidden_size", "48"), ("num_hidden_layers", 0), ("num_attention_heads", 5),
+                                        ("image_size", [30, 30]), ("layer_norm_eps", None)])
+def test_a_config_we_do_not_implement_is_named(key, value):
+    with pytest.raises(UserError, match=f"{key}.*{'' if key == 'num_attention_heads' else '=.*'}"):
+        CLIPVisionConfig.from_dict(VISION | {key: value})
+
+
+def test_defaults_of_partial_configs_are_clips_own():
+    for ours in (CLIPVisionConfig, CLIPTextConfig):
+        got, want = vars(ours.from_dict({})), getattr(transformers, ours.__name__)()
+        assert got == {key: getattr(want, key) for key in got}
+    assert CLIPTextConfig.from_dict({"eos_token_id": 0}).eos_token_id == 0
+    old = {"vision_config": {"hidden_size": 1}, "vision_config_dict": {"hidden_size": 2}}
+    assert clip._part(old, "vision_config") == {"hidden_size": 2} and clip._part({}, "text_config") == {}
+
+
+def test_wrong_folders_and_inputs_are_named(tmp_path):
+    public_clip().save_pretrained(tmp_path)
+    good, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+
+    def broken(tensors, config, reader, match):
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=match):
+            reader.from_pretrained(tmp_path)
+
+    for reader in (CLIPVision, CLIP):
+        broken(good | {"vision_model.extra": torch.ones(1)}, config, reader, "vision_model.extra")
+        rest = {k: v for k, v in good.items() if k != "vision_model.post_layernorm.bias"}
+        broken(rest, config, reader, "post_layernorm.bias")
+        broken(good | {"vision_model.embeddings.class_embedding": torch.ones(5)}, config, reader, "class_embedding")
+        broken(good, config | {"model_type": "siglip"}, reader, "siglip")
+        broken(good, config | {"vision_config": config["vision_config"] | {"hidden_act": "gelu"}}, reader, "hidden_act")
+        broken(good, config | {"vision_config": 3}, reader, "CLIPVisionConfig")
+    broken(good, config | {"projection_dim": 25}, CLIP, "projection.weight")
+    broken(good, config | {"text_config": config["text_config"] | {"num_channels": 1}}, CLIP, "num_channels")
+
+    tower = CLIPVision(CLIPVisionConfig(**VISION))
+    for shape in [(1, 3, 28, 28), (3, 30, 30), (1, 1, 30, 30), (1, 3, 30, 31)]:
+        with pytest.raises(UserError, match=r"30, 30"):
+            tower(torch.zeros(shape))
+    with pytest.raises(UserError, match="4 layers"):
+        tower(torch.zeros(1, 3, 30, 30), n_layers=4)
+    text = clip.CLIPText(CLIPTextConfig(**TEXT))
+    with pytest.raises(UserError, match="10 tokens.*9 positions"):
+        text(torch.zeros(1, 10, dtype=torch.long))
+    with pytest.raises(UserError, match="98"):              # transformers would take the first token's state
+        text.pooled(torch.zeros(2, 2, 32), torch.tensor([[1, 98], [1, 2]]))

@@ -1,0 +1,264 @@
+"""Weights on disk: find them, rename them, check every one of them, put them into a module, write them back.
+
+All models here read and write the public layout: a folder with config.json and safetensors files, where each tensor has
+the name that Hugging Face's transformers gave it. A class knows how a public name maps to its own (`rename`) and which
+public tensors it has no use for (`unneeded`); everything else is done by `load`, which is strict. A tensor that is
+missing, unknown, twice there or of the wrong shape ends the program with one line that names it. A model with one layer
+left at random looks almost right, and that costs days; an error costs a minute.
+
+Also here, because every file needs them: the error for users, the entry point that prints it, the choice of a device.
+"""
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SINGLE = "model.safetensors"               # one file with everything in it, or ...
+INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line that names the thing and says what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C becomes 130."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and number format
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. A device that was asked for by name and isn't there is a UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in there.items() if here))
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not index.isdecimal()):
+        raise UserError(f"no such device: {name!r} (choose auto, cpu, mps, cuda or cuda:N)")
+    if not there[kind] or (index and int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+        raise UserError(f"device {name} is not available here (use --device auto)")
+    return torch.device(name)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere.
+
+    A CPU without AMX or AVX512-BF16 emulates bfloat16 matrix products, tens of times slower than float32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Absent, unreadable, not JSON, not an object or a key given twice: UserError."""
+    def unique(pairs):
+        seen = dict(pairs)
+        if len(seen) < len(pairs):             # json would quietly keep the last one
+            names = [key for key, _ in pairs]
+            raise UserError(f"{path}: {next(key for key in names if names.count(key) > 1)!r} is given twice")
+        return seen
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it ({e.strerror})") from e
+    except ValueError as e:                    # covers JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_config(dir: str | Path) -> dict:
+    """The folder's config.json as a dict. No such folder, no such file, or not a JSON object: UserError."""
+    dir = Path(dir)
+    if not dir.is_dir():
+        raise UserError(f"{dir}: no such folder (models are read from local folders; download it first)")
+    if not (dir / "config.json").is_file():
+        raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
+    return read_json(dir / "config.json")
+
+
+class Tensors(Mapping):
+    """A folder's tensors by public name. Only headers are read at first; `self[name]` reads that one tensor.
+
+    Accepts model.safetensors, or model.safetensors.index.json with its shards. Opening checks that every file is
+    complete and that index and shards agree about who holds what, so nothing can go wrong halfway through a load.
+    """
+
+    def __init__(self, dir: str | Path):
+        self.dir = Path(dir)
+        single, index = self.dir / SINGLE, self.dir / INDEX
+        if single.is_file() and index.is_file():
+            raise UserError(f"{self.dir}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
+        if not single.is_file() and not index.is_file():
+            raise UserError(f"{self.dir}: no weights here (looked for {SINGLE} and {INDEX})")
+        self.handles: dict[Path, safe_open] = {}       # file -> open file
+        self.files: dict[str, Path] = {}               # tensor -> file that holds it
+        table = self._read_index(index) if index.is_file() else None
+        for path in [single] if table is None else sorted(set(table.values())):
+            self._open(path)
+        if table is not None:
+            self._compare(table, index)
+
+    @staticmethod
+    def _read_index(path: Path) -> dict[str, Path]:
+        table = read_json(path).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+            raise UserError(f'{path}: no "weight_map" from tensor names to file names')
+        for name, file in table.items():
+            if Path(file).name != file:                # an index must not reach out of its folder
+                raise UserError(f"{path}: {name} is said to be in {file!r}, which is not a plain file name")
+        return {name: path.parent / file for name, file in table.items()}
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing (the index names it)")
+        try:
+            self.handles[path] = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as e:        # cut short by a broken download, or not safetensors at all
+            raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy it again") from e
+        for name in self.handles[path].keys():
+            if name in self.files:
+                raise UserError(f"{path}: {name} is also in {self.files[name].name}")
+            self.files[name] = path
+
+    def _compare(self, table: dict[str, Path], index: Path) -> None:
+        for name, path in table.items():
+            if self.files.get(name) != path:
+                raise UserError(f"{index}: says that {name} is in {path.name}, but that file doesn't hold it")
+        for name, path in self.files.items():
+            if name not in table:
+                raise UserError(f"{path}: holds {name}, which {index.name} doesn't list")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.handles[self.files[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name) -> bool:              # Mapping's own would read the tensor
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+
+    def file(self, name: str) -> Path:
+        return self.files[name]
+
+
+def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None], unneeded: tuple[str, ...] = (),
+         dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+    """Fill a module that was built under `with torch.device("meta")`, tensor by tensor. Returns it.
+
+    rename: public name -> name in the module, or None for a name it doesn't know.
+    unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
+    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has).
+    Raises UserError naming tensor and file when something is missing, unknown, twice there or of another shape.
+    """
+    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}                  # a tied weight is one tensor under several names
+    for name, tensor in targets.items():
+        owners.setdefault(id(tensor), []).append(name)
+    plan: dict[str, str] = {}                          # name in the module -> public name
+    unknown, misshapen = [], []
+    for public in tensors:
+        if any(fnmatchcase(public, pattern) for pattern in unneeded):
+            continue
+        name, where = rename(public), tensors.file(public).name
+        if name not in targets:
+            unknown.append(f"{public} in {where}")
+            continue
+        first = owners[id(targets[name])][0]
+        if first in plan:
+            raise UserError(f"{tensors.dir}: {public} in {where} and {plan[first]} in {tensors.file(plan[first]).name} "
+                            f"are both meant for {first}")
+        plan[first] = public
+        if tensors.shape(public) != tuple(targets[name].shape):
+            misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}")
+    missing = [names[0] for names in owners.values() if names[0] not in plan]
+    faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+              for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)) if names]
+    if faults:
+        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
+
+    for first, public in plan.items():
+        old, new = targets[first], tensors[public]
+        new = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name in owners[id(old)]:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, new)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write NAME.tmp, then rename it to NAME: a reader finds the old file or the new one, whole, even after a crash."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot write it ({e})") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard_bytes: float = 5e9) -> None:
+    """Write the tensors (public names) and config.json to `dir`; in shards, with an index, beyond max_shard_bytes.
+
+    A tied weight goes in once: safetensors refuses two names for one memory. UserError if it can't be written.
+    """
+    dir = Path(dir)
+    if dir.exists() and not dir.is_dir():
+        raise UserError(f"{dir}: is a file, so no model can be saved there")
+    dir.mkdir(parents=True, exist_ok=True)
+    shards, room = [[]], max_shard_bytes
+    for name, tensor in tensors.items():
+        room -= tensor.nbytes
+        if room < 0 and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes - tensor.nbytes
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else \
+            [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards):
+        content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
+        # transformers wants the format tag; without it, it refuses the file
+        write_beside(dir / file, lambda tmp: save_file(content, tmp, metadata={"format": "pt"}))
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        write_beside(dir / INDEX, lambda tmp: tmp.write_text(json.dumps(index, indent=1) + "\n"))
+    write_beside(dir / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=1) + "\n"))
+    (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)   # the entry point of an earlier save
