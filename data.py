@@ -1,0 +1,401 @@
+"""LLaVA's json in; ids, labels, query and pixels out.
+
+One record of that json is a conversation, mostly about one picture:
+
+    {"id": "17", "image": "coco/train2017/000000000017.jpg",
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+A language model reads one row of token ids. Three things must be known about that row, and all three are decided here,
+while it is written: where the picture goes (an id of its own, -200, once), which tokens are to be predicted (`labels`:
+the answers and the end after each; everything else is -100), and which tokens are the user's words (`query`: what CCRA
+looks for in the picture). The row grows piece by piece from left to right, so nothing is found again by counting.
+
+    plain   stage 1   <s> PICTURE caption \\n                       what the human said is thrown away
+    v1      stage 2   <s> system text USER: PICTURE \\n q ASSISTANT: a</s>USER: q2 ASSISTANT: a2</s>
+
+Both are LLaVA-1.5's, token for token. Look at what a model would be trained on before training it:
+
+    python data.py show --json llava_v1_5_mix665k.json --images playground/data --tokenizer vicuna-7b-v1.5 --n 3
+"""
+import argparse
+import json
+import os
+import random
+import sys
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip import open_image, preprocess
+from llama import Tokenizer
+from weights import UserError, run
+
+IMAGE_TOKEN = -200      # stands in ids where the picture's features go; never an index into an embedding table
+IGNORE = -100           # a label that isn't one: cross entropy skips it
+SLOT = "<image>"        # how a record's text says where the picture goes; what a user types is never read this way
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+TEMPLATES = ("plain", "v1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A record, checked
+
+def check(record, where: str = "record", template: str = "v1") -> tuple[list[tuple[str, str | None]], int | None]:
+    """The turns of a record, [(question, answer)], and which of them holds the picture (None: text only).
+
+    The slot is already gone from that turn's question; the last answer is None if the record ends with a question.
+    As in LLaVA a leading turn of the assistant is dropped, unknown keys are tolerated, and without an "image" key
+    "<image>" is text like any other. Whatever else isn't LLaVA's format is a UserError naming `where` and the
+    record's id: two slots, for instance, or none, on which LLaVA would silently train without the picture.
+    """
+    where = name(record, where)
+
+    def need(fine, otherwise):
+        if not fine:
+            raise UserError(f"{where}: {otherwise}")
+
+    need(isinstance(record, dict) and isinstance(record.get("conversations"), list), 'has no list "conversations"')
+    for i, turn in enumerate(record["conversations"]):
+        need(isinstance(turn, dict) and turn.get("from") in ("human", "gpt"), f'turn {i} isn\'t from "human" or "gpt"')
+        need(isinstance(turn.get("value"), str), f'the "value" of turn {i} isn\'t text')
+        need(encodable(turn["value"]), f'the "value" of turn {i} isn\'t valid Unicode')
+    said = record["conversations"]
+    said = said[1:] if said and said[0]["from"] == "gpt" else said
+    need(said, "the human says nothing")
+    need(all(turn["from"] == ("human", "gpt")[i % 2] for i, turn in enumerate(said)), "human and gpt don't take turns")
+    questions, answers = ([turn["value"] for turn in said[start::2]] for start in (0, 1))
+    picture = None
+    if "image" in record:
+        path = record["image"]
+        need(isinstance(path, str) and path, '"image" isn\'t the path of one picture')
+        need(inside(path), f'"image" is {path!r}, which leads out of the image folder')
+        holders = [i for i, question in enumerate(questions) if SLOT in question]
+        need(holders, f"it names a picture, but no human turn says {SLOT}")
+        need(sum(text.count(SLOT) for text in questions + answers) == 1, f"more than one {SLOT} for its one picture")
+        picture = holders[0]
+        questions[picture] = questions[picture].replace(SLOT, "")
+    if template == "plain":
+        need(picture == 0 and len(said) == 2, 'the plain template takes an "image", one human turn and one caption')
+    return list(zip(questions, answers + [None] * (len(questions) - len(answers)))), picture
+
+
+def name(record, where: str) -> str:
+    """`where`, and the id which the record gives itself."""
+    return f"{where} (id {str(record['id'])[:60]!r})" if isinstance(record, dict) and "id" in record else where
+
+
+def encodable(text: str) -> bool:
+    """json can spell half of a surrogate pair, which no tokenizer can read."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def inside(path: str) -> bool:
+    """Whether a path stays in the folder it is relative to. Links in that folder may lead out: its owner made them."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
+
+
+def problems(record, where: str = "record", template: str = "v1") -> str | None:
+    """Why a well-formed record can't be learnt from, or None. `load` leaves such records out, and says so."""
+    turns, picture = check(record, where, template)
+    if turns[-1][1] is None:
+        return "the last question has no answer"
+    if not all(answer.strip() for _, answer in turns):
+        return "an assistant turn is empty"
+    if not all(question.strip() or i == picture for i, (question, _) in enumerate(turns)):
+        return "a human turn is empty"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A conversation, written down as tokens
+
+@dataclass
+class Sample:
+    """One row for the language model. `spans` says where in ids the turns' queries stand (nowhere, in stage 1)."""
+    ids: list[int] = field(default_factory=list)                    # IMAGE_TOKEN once where the picture goes
+    labels: list[int] = field(default_factory=list)                 # as many: the id itself, or IGNORE
+    turns: list[list[int]] = field(default_factory=list)            # the query, one list for each human turn
+    spans: list[tuple[int, int]] = field(default_factory=list)      # turns[i] == ids[start:stop]
+
+    @property
+    def query(self) -> list[int]:
+        """The text of all human turns: no picture slot, no role tags, no system text, no answers (a leak)."""
+        return [token for turn in self.turns for token in turn]
+
+    def write(self, ids: list[int], learn: bool = False) -> None:
+        self.ids += ids
+        self.labels += ids if learn else [IGNORE] * len(ids)
+
+    def ask(self, ids: list[int]) -> None:
+        self.spans.append((len(self.ids), len(self.ids) + len(ids)))
+        self.turns.append(ids)
+        self.write(ids)
+
+
+def render(record: dict, tokenizer: Tokenizer, template: str = "v1", where: str = "record") -> Sample:
+    """A record as "plain" (stage 1) or "v1" (stage 2) row, whole: cutting it to a maximal length is the model's affair.
+
+    UserError if it isn't LLaVA's format or can't be learnt from (`problems`): nothing is masked away in silence.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"no such template: {template!r} (choose {' or '.join(TEMPLATES)})")
+    if reason := problems(record, where, template):
+        raise UserError(f"{name(record, where)}: {reason}")
+    turns, picture = check(record, where, template)
+    return plain(*turns[0], tokenizer) if template == "plain" else v1(turns, picture, tokenizer)
+
+
+def prompt(turns: list[tuple[str, str | None]], tokenizer: Tokenizer, image: bool = True) -> Sample:
+    """[(question, answer), ..., (question, None)] as a v1 row that ends with " ASSISTANT:", for the model to go on.
+
+    With `image` the picture stands before the first question. The code that writes training samples writes this, too:
+    the row is the beginning of the training sample with the same turns. Questions are text whatever is typed:
+    "<image>" in them is no picture, "</s>" ends nothing. No labels (all IGNORE). An empty question is a UserError.
+    """
+    if not turns or [answer is None for _, answer in turns] != [False] * (len(turns) - 1) + [True]:
+        raise ValueError("turns should be answered questions, then one question with None for an answer")
+    for question, _ in turns:
+        if not question.strip():
+            raise UserError("the question is empty: ask something")
+        if not encodable(question):
+            raise UserError(f"the question {question!r} isn't valid Unicode")
+    sample = v1(turns, 0 if image else None, tokenizer)
+    sample.labels = [IGNORE] * len(sample.ids)
+    return sample
+
+
+def plain(question: str, caption: str, tokenizer: Tokenizer) -> Sample:
+    """<s> PICTURE caption \\n (LLaVA). No </s>: stage 1 only teaches the projector the language of the embeddings.
+
+    The question isn't in the row. It is kept as the query for those who run CCRA in stage 1, with the tokens it would
+    have after a picture in v1.
+    """
+    sample = Sample(turns=[tokenizer.encode(question.strip(), continues=True)])
+    sample.write(start(tokenizer) + [IMAGE_TOKEN])
+    sample.write(tokenizer.encode(caption + "\n"), learn=True)
+    return sample
+
+
+def v1(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Tokenizer) -> Sample:
+    """Vicuna's template, tokenised and masked as by LLaVA-1.5 (the repository's last state: tokenizers >= 0.14).
+
+    Tokens may begin with a space but have none further in, so a text cut before its spaces has the tokens of the whole,
+    and the row can be put together from pieces. A sentencepiece model adds a space in front of what it is given. LLaVA
+    gave it the text before the picture and the text after it, so there is such a space after <s> and one after the
+    picture; every other piece `continues` what stands before it.
+    """
+    sample = Sample()
+
+    def text(piece: str, continues: bool = True) -> list[int]:
+        return tokenizer.encode(piece, continues=continues)
+
+    sample.write(start(tokenizer) + text(SYSTEM + " USER:", continues=False))
+    for i, (question, answer) in enumerate(turns):
+        if i > 0:
+            sample.write(text("USER:"))                             # right after </s>, without a space
+        if i == picture:                                            # wherever its slot was, it comes first now
+            question = question.strip()
+            sample.write(text(" ") + [IMAGE_TOKEN] + (text("\n", continues=False) if question else []))
+            sample.ask(text(question))
+            sample.write(text(" ASSISTANT:", continues=question != ""))
+        else:
+            sample.ask(text(" " + question))
+            sample.write(text(" ASSISTANT:"))
+        if answer is not None:
+            # The space is in the answer's first token ("▁A"), or is one (before a digit), for the model to predict.
+            # Of several ends the lowest: Llama 3's <|end_of_text|>.
+            sample.write((text(" " + answer) if answer else []) + [min(tokenizer.eos_ids)], learn=True)
+    return sample
+
+
+def start(tokenizer: Tokenizer) -> list[int]:
+    """<s>, for the tokenizers that have one."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set
+
+@dataclass
+class LlavaJson:
+    """A LLaVA json and its pictures as a list: item i is dict(pixels, ids, labels, query). `load` makes it.
+
+    pixels (3, size, size) float32: zeros for a record without a picture, so that all samples take the same way through
+    the model. `pad`: make a picture square by padding (True) or by cropping its long side (False).
+    """
+
+    records: list               # all of the file's
+    numbers: list[int]          # which of them are items
+    file: Path
+    image_root: Path | None
+    tokenizer: Tokenizer
+    template: str
+    size: int
+    pad: bool
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def record_id(self, i: int) -> str:
+        """What to call sample i in a message: the record's place in the file, and its id."""
+        return name(self.records[self.numbers[i]], f"record {self.numbers[i]}")
+
+    def sample(self, i: int) -> Sample:
+        """The text alone."""
+        number = self.numbers[i]
+        return render(self.records[number], self.tokenizer, self.template, f"{self.file}: record {number}")
+
+    def pixels(self, i: int) -> Tensor:
+        path = self.records[self.numbers[i]].get("image")
+        if path is None:
+            return torch.zeros(3, self.size, self.size)
+        if self.image_root is None:
+            raise UserError(f"{self.file}: {self.record_id(i)} has a picture: say in which folder the pictures are")
+        image = open_image(self.image_root / os.path.normpath(path))
+        return preprocess(image, self.size, self.pad)                                # (3, size, size)
+
+    def __getitem__(self, i: int) -> dict:
+        sample = self.sample(i)
+        return dict(pixels=self.pixels(i), ids=sample.ids, labels=sample.labels, query=sample.query)
+
+
+def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size: int = 336, pad: bool | None = None,
+         say=print) -> LlavaJson:
+    """Read a LLaVA json and check all of it at once: a bad record or a missing picture shall not end a run hours later.
+
+    Records that can't be learnt from are left out, counted by reason, in one line given to `say`. UserError for
+    anything that isn't LLaVA's format, for picture paths that lead out of image_root, for pictures that aren't there.
+    image_root None: don't look for pictures (an item that has one is a UserError then). pad None: as in LLaVA, "plain"
+    crops and "v1" pads.
+    """
+    file, image_root = Path(json_path), None if image_root is None else Path(image_root)
+    records = read_records(file)
+    numbers, left_out, pictures = [], {}, {}      # left_out: reason -> records; pictures: path -> first record
+    for i, record in enumerate(records):
+        if reason := problems(record, f"{file}: record {i}", template):
+            left_out.setdefault(reason, []).append(i)
+            continue
+        numbers.append(i)
+        if "image" in record:
+            pictures.setdefault(record["image"], i)
+    if left_out:
+        reasons = "; ".join(f"{len(those)} {reason} (first: {name(records[those[0]], f'record {those[0]}')})"
+                            for reason, those in left_out.items())
+        say(f"left out {len(records) - len(numbers)} of {len(records)} records of {file}: {reasons}")
+    if not numbers:
+        raise UserError(f"{file}: not one record can be learnt from")
+    if image_root is not None and pictures:
+        missing = [p for p in pictures if not os.path.isfile(os.path.join(image_root, os.path.normpath(p)))]
+        if missing:
+            i = pictures[missing[0]]
+            raise UserError(f"{len(missing)} of {len(pictures)} pictures named in {file} are missing under "
+                            f"{image_root}; first: {missing[0]!r} of {name(records[i], f'record {i}')}")
+    pad = template == "v1" if pad is None else pad
+    return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad)
+
+
+def read_records(file: Path) -> list:
+    """The list of records in a json file."""
+    try:
+        records = json.loads(file.read_bytes())
+    except OSError as e:
+        raise UserError(f"can't read {file}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:     # UnicodeDecodeError is a ValueError, too
+        raise UserError(f"{file} is not JSON: {e}") from None
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{file} is not LLaVA's format: it should be a list of records")
+    return records
+
+
+def collate(samples: list[dict], pad_id: int = 0) -> dict[str, Tensor]:
+    """Items as one batch, padded on the right: pixels (B, 3, H, W); ids, labels (B, T) and query (B, Q) long.
+
+    mask (B, T), query_mask (B, Q) bool: which ids are real. (LLaVA asks for ids != 0, and so loses every <unk>.)
+    Q is at least 1, so a batch without any query has a mask of False rather than an empty tensor.
+    """
+    def pad(key: str, fill: int) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(s[key]) for s in samples])                       # (B,)
+        width = max(1, int(lengths.max()))
+        rows = torch.tensor([s[key] + [fill] * (width - len(s[key])) for s in samples], dtype=torch.long)
+        return rows, torch.arange(width)[None] < lengths[:, None]                    # (B, width) both
+
+    (ids, mask), (labels, _), (query, query_mask) = pad("ids", pad_id), pad("labels", IGNORE), pad("query", pad_id)
+    pixels = torch.stack([s["pixels"] for s in samples])                             # (B, 3, H, W)
+    return dict(pixels=pixels, ids=ids, labels=labels, mask=mask, query=query, query_mask=query_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+
+COLOURS = dict(answer=("\033[32m", "\033[0m"), query=("\033[4;36m", "\033[0m"), picture=("\033[7m", "\033[0m"))
+BRACKETS = dict(answer=("«", "»"), query=("‹", "›"), picture=("[", "]"))      # where there are no colours
+
+
+def paint(sample: Sample, tokenizer: Tokenizer, color: bool) -> str:
+    """The row as text, with the answers, the queries and the picture's slot marked."""
+    marks = COLOURS if color else BRACKETS
+    special = {**{t: "</s>" for t in tokenizer.eos_ids}, tokenizer.bos_id: "<s>", IMAGE_TOKEN: SLOT}
+    kinds = ["other" if label == IGNORE else "answer" for label in sample.labels]
+    for start, stop in sample.spans:
+        kinds[start:stop] = ["query"] * (stop - start)
+    out, line = [], []                     # line: the ids since the last special one
+    runs = groupby(zip(sample.ids, kinds), key=lambda pair: (pair[0] if pair[0] in special else None, pair[1]))
+    for (token, kind), pairs in runs:
+        if token is None:                  # decoded after what stands before: alone, they would lose their first space
+            before, line = tokenizer.decode(line), line + [t for t, _ in pairs]
+            text = tokenizer.decode(line)[len(before):]
+        else:
+            text, line = "".join(special[t] for t, _ in pairs), []
+        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        left, right = marks.get("picture" if token == IMAGE_TOKEN else kind, ("", ""))
+        out.append(left + text + right)
+    return "".join(out)
+
+
+def show(samples: list[Sample], tokenizer: Tokenizer, n: int, color: bool = False, names: list | None = None) -> None:
+    """Print the first n samples as the model meets them, and how much of them it is made to predict."""
+    (a, b), (c, d) = ((COLOURS if color else BRACKETS)[kind] for kind in ("answer", "query"))
+    print(f"{a}predicted: the loss counts these tokens{b} {c}the query: what CCRA looks for in the picture{d}")
+    for i, sample in enumerate(samples[:n]):
+        learnt = sum(label != IGNORE for label in sample.labels)
+        print(f"\n--- {names[i] if names else i}: {len(sample.ids)} ids, pictures {sample.ids.count(IMAGE_TOKEN)}, "
+              f"supervised {learnt} ({learnt / len(sample.ids):.1%}), query {len(sample.query)}")
+        print(paint(sample, tokenizer, color))
+        if not sample.spans:
+            print(f"not in the text: {c}{tokenizer.decode(sample.query)}{d}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser(
+        "show", help="print records as the model would be trained on them",
+        description="Check a json and its pictures, then print some records as the model would be trained on them: "
+        "what it has to predict in green (or «»), the query underlined (or ‹›), [<image>] where the picture goes.")
+    p.add_argument("--json", type=Path, metavar="FILE", help="records in LLaVA's format")
+    p.add_argument("--images", type=Path, metavar="DIR", help="what the records' picture paths are relative to "
+                   "(without it nobody looks whether the pictures are there)")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="a language model's folder, for its tokenizer")
+    p.add_argument("--template", choices=TEMPLATES, default="v1", help="plain: stage 1; v1: stage 2, the default")
+    p.add_argument("--n", type=int, default=3, help="how many records (default: %(default)s)")
+    p.add_argument("--seed", type=int, help="draw them at random with this seed (default: the first n)")
+    p.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
+                   help="colours or brackets (default: colours on a terminal)")
+    args = parser.parse_args()
+    for flag, given in (("--json FILE", args.json), ("--tokenizer DIR", args.tokenizer)):
+        if given is None:
+            raise UserError(f"data.py show needs {flag}")
+    if args.n < 1:
+        raise UserError("--n should be at least 1")
+    data = load(args.json, args.images, Tokenizer.from_pretrained(args.tokenizer), args.template)
+    n = min(args.n, len(data))
+    picks = range(n) if args.seed is None else random.Random(args.seed).sample(range(len(data)), n)
+    show([data.sample(i) for i in picks], data.tokenizer, n, args.color, [data.record_id(i) for i in picks])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,224 @@
+"""Train a vision-language model with CCRA: both stages of the paper (section 4.1, Table 5, Algorithm 1).
+
+    python train.py --stage 1          the projector alone learns to turn pictures into "words" (captions)
+    python train.py --stage 2          projector, CCRA and language model learn to answer questions
+
+Without further flags this is the embedded world (toy.py) on whatever this machine has. With --json and --images it is
+LLaVA's data, with --vision and --llm any public towers.
+
+The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch into
+micro-batches (--micro) changes no gradient. (LLaVA averages micro-batch means, which weighs a token in a short answer more.)
+A run that was stopped goes on where it was, bit for bit, when the same command is given again.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import data
+import toy
+from ccra import CCRAConfig, VLM
+from clip import CLIPVision
+from llama import Llama, Tokenizer
+from weights import UserError, autocast_dtype, pick_device, run
+
+# Table 5 of the paper, and what suits the embedded world's small towers.
+RECIPES = {
+    ("llava", 1): dict(batch=256, lr=1e-3, epochs=1.0),
+    ("llava", 2): dict(batch=128, lr=1e-5, epochs=1.0),
+    ("toy", 1): dict(batch=64, lr=2e-3, epochs=1.0),
+    ("toy", 2): dict(batch=48, lr=1e-3, epochs=1.0),
+}
+TOY_STEPS = {1: 300, 2: 3000}
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: projector on captions; 2: instruction tuning")
+    p.add_argument("--out", help="where checkpoints, log.csv and the model go (default out/toy/stageN or out/llava/stageN)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice); results depend on it")
+    g = p.add_argument_group("data")
+    g.add_argument("--json", help="LLaVA json (default: the embedded world)")
+    g.add_argument("--images", help="the folder that the json's pictures are relative to")
+    g.add_argument("--workers", type=int, help="processes that read pictures (default: 0 for the embedded world, else 4)")
+    g = p.add_argument_group("model")
+    g.add_argument("--vision", help="stage 1: folder of the CLIP tower (default: the embedded world's)")
+    g.add_argument("--llm", help="stage 1: folder of the language model (default: the embedded world's)")
+    g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
+    g.add_argument("--norm", choices=("joint", "stack", "token"), default="joint", help="LN of eq. 5 and 13 (README)")
+    g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
+    g.add_argument("--batch", type=int, help="samples in a step")
+    g.add_argument("--micro", type=int, help="samples in a forward pass; the rest is accumulation (default: --batch)")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--steps", type=int, help="steps in all (default: one epoch)")
+    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warms up")
+    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
+    args = p.parse_args(argv)
+    args.world = "llava" if args.json else "toy"
+    recipe = RECIPES[args.world, args.stage]
+    args.batch = args.batch or recipe["batch"]
+    args.lr = args.lr or recipe["lr"]
+    args.micro = min(args.micro or args.batch, args.batch)
+    args.workers = (0 if args.world == "toy" else 4) if args.workers is None else args.workers
+    args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
+    return args
+
+
+def get_lr(step, steps, peak, warmup):
+    """Linear warm-up over ceil(warmup * steps), then half a cosine to zero. step counts from 0."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def build(args, device):
+    """The model before this stage, its tokenizer, and the folder that the tokenizer's file comes from. Weights in float32."""
+    if args.stage == 1:
+        base = toy.OUT
+        vision, llm = Path(args.vision or base / "clip"), Path(args.llm or base / "llama")
+        tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm)
+        config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
+                            n_layers=tower.config.num_hidden_layers, norm=args.norm,
+                            d_hidden=128 if args.world == "llava" else 64)
+        torch.manual_seed(args.seed)                       # the projector's and CCRA's first values
+        return VLM.build(tower, model, config).to(device), Tokenizer.from_pretrained(llm)
+    folder = Path(args.model or f"out/{args.world}/stage1")
+    return VLM.from_pretrained(folder, dtype=torch.float32, device=device), Tokenizer.from_pretrained(folder)
+
+
+def freeze(model: VLM, stage: int):
+    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns the trained parameters."""
+    for name, p in model.named_parameters():
+        frozen_part = name.startswith("vision.") or stage == 1 and not name.startswith("projector.")
+        p.requires_grad_(p.requires_grad and not frozen_part)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def order(n, steps, batch, seed):
+    """The samples of every step: one seeded permutation an epoch, the last batch of an epoch may be short (as LLaVA's is)."""
+    per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            shuffled = torch.randperm(n, generator=g).tolist()
+        at = step % per_epoch * batch
+        yield shuffled[at:at + batch]
+
+
+def split(rows, micro):
+    return [rows[i:i + micro] for i in range(0, len(rows), micro)]
+
+
+def save_checkpoint(path: Path, step, trained, optimizer):
+    """What a resume needs, beside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
+    state = dict(step=step, trained={k: p.detach() for k, p in trained.items()}, optimizer=optimizer.state_dict(),
+                 rng=torch.get_rng_state())
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def resume(path: Path, trained, optimizer, device):
+    """The step to go on from (0 when there is no checkpoint). A checkpoint of another model is an error."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=device, weights_only=True)
+    if {k: p.shape for k, p in state["trained"].items()} != {k: p.shape for k, p in trained.items()}:
+        raise UserError(f"{path} belongs to another model; remove it or choose another --out")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    return state["step"]
+
+
+def train_step(model, batches, device, dtype, stage):
+    """Forward and backward of one global batch. Returns (mean loss per supervised token, supervised tokens, all tokens)."""
+    supervised = sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches)
+    total = 0.0
+    for batch in batches:
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch, mode="off" if stage == 1 else "on") / max(1, supervised)
+        loss.backward()
+        total += loss.item()
+    return total, supervised, sum(int(b["mask"].sum()) for b in batches)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    dtype = autocast_dtype(device)
+    model, tokenizer = build(args, device)
+    size = model.vision.config.image_size
+    if args.json:
+        dataset = data.load(args.json, args.images, tokenizer, "plain" if args.stage == 1 else "v1", size, pad=args.stage == 2)
+    else:
+        dataset = toy.ToyScenes(f"train{args.stage}", (args.steps or TOY_STEPS[args.stage]) * args.batch, args.stage, tokenizer, size)
+    steps = args.steps or math.ceil(len(dataset) / args.batch)
+    trained = freeze(model, args.stage)
+    # LLaVA's AdamW: no weight decay, no gradient clipping (its DeepSpeed configuration leaves clipping off)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    ckpt = args.out / "checkpoint.pt"
+    start = resume(ckpt, trained, optimizer, device)
+    print(f"stage {args.stage} on {device} in {dtype}: {sum(p.numel() for p in trained.values()):,} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters trained, {len(dataset):,} samples, {steps} steps of "
+          f"{args.batch}" + (f" ({args.micro} at a time)" if args.micro < args.batch else "")
+          + (f", going on after step {start}" if start else ""), flush=True)
+    plan = [rows for rows in order(len(dataset), steps, args.batch, args.seed)][start:]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[m for rows in plan for m in split(rows, args.micro)],
+                                         num_workers=args.workers, collate_fn=data.collate)
+    batches, rows_done = iter(loader), read_log(args.out / "log.csv", start)
+    began = time.perf_counter()
+    with open(args.out / "log.csv", "w", newline="") as f:
+        log = csv.writer(f)
+        log.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"]] + rows_done)
+        for step, rows in enumerate(plan, start):
+            tic = time.perf_counter()
+            lr = get_lr(step, steps, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            micro = [next(batches) for _ in split(rows, args.micro)]
+            loss, supervised, tokens = train_step(model, micro, device, dtype, args.stage)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; samples "
+                                + ", ".join(str(dataset.record_id(i)) for i in rows[:8]) + ": nothing was updated")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            took, mean = time.perf_counter() - tic, (time.perf_counter() - began) / (step + 1 - start)
+            print(f"step {step + 1}/{steps} {100 * (step + 1) / steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
+                  f"{tokens / took:,.0f} tokens/s eta {mean * (steps - step - 1) / 60:.1f} min", flush=True)
+            log.writerow([step + 1, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / took:.0f}"])
+            stop = step + 1 == args.stop_after
+            if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
+                f.flush()
+                save_checkpoint(ckpt, step + 1, trained, optimizer)
+            if stop:
+                return print(f"stopped after step {step + 1}; the same command without --stop-after goes on", flush=True)
+    model.save_pretrained(args.out, tokenizer_file=tokenizer.file)
+    print(f"model written to {args.out}")
+
+
+def read_log(path: Path, start):
+    """Rows of an earlier run up to the step that its checkpoint holds (what it logged after that is done again)."""
+    if not start or not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return [row for row in csv.reader(f) if row and row[0].isdecimal() and int(row[0]) <= start]
+
+
+if __name__ == "__main__":
+    run(main)
