@@ -1,7 +1,7 @@
 """CCRA: which layers of the vision tower, and which places in the picture, does this question need?
 
 A CLIP tower computes a feature for every patch in every layer; LLaVA hands the language model those of one fixed layer.
-CCRA lets the words of the question weigh them first. To be read beside section 3 of the paper; F_v^l is layer l, (N, d):
+CCRA lets the words of the question weigh them first. Read it beside section 3 of the paper; F_v^l is layer l, (N, d):
 
     alpha        importance of every word of the question                                   (T)     eq. 2
     W_lp         LPWCA: of every patch in every layer         F_stack -> F_lp               (L, N)  eq. 3-5
@@ -11,16 +11,15 @@ CCRA lets the words of the question weigh them first. To be read beside section 
 
 `CCRA` is that; `VLM` is Algorithm 1 around it: vision tower -> CCRA -> projector -> language model (eq. 15).
 
-The same result for less work: the equations build T x L x N scores and a reworked copy of all features. But all scores are
-linear up to the one softmax, over layers: alpha^T (Q K^T) = (alpha^T Q) K^T. So the words melt into one query first, W_K^T
-carries that over to the features (`CCRA.key`), and a map is one matrix-vector product. And a token of F_lp is a F + b per
-channel, with two numbers a, b of that token (`standardise`): F_lp never has to exist, since eq. 6 and 9, which alone read
-it, become weighted sums of F_stack. The tests compare this with the equations written out, gradients included.
+The same result for less work: the equations build T x L x N scores and a reworked copy of all features. But scores are
+linear, alpha^T (Q K^T) = (alpha^T Q) K^T: the words melt into one query first, W_K^T carries it over to the features
+(`CCRA.key`), and a map is one matrix-vector product. And a token of F_lp is a F + b in every channel, with two numbers
+a, b of that token (`standardise`), so F_lp never has to exist: eq. 6 and 9, which alone read it, become weighted sums
+of F_stack. The tests compare all this with the equations written out, gradients included.
 """
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,21 +27,17 @@ from torch import Tensor, nn
 
 import weights
 from clip import CLIPVision, CLIPVisionConfig, attention
-from llama import KVCache, Llama, LlamaConfig
+from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
 from weights import UserError
 
-IMAGE_TOKEN = -200     # stands in the ids where the picture goes; never reaches an embedding table
-IGNORE = -100          # stands in the labels where nothing is to be predicted
 EPS = 1e-5             # of the norms
 
 PARTS = ("lpwca", "lwca", "pwca")
 ORDERS = ("progressive", "shuffled", "decoupled")
 NORMS = ("joint", "stack", "token")
-MODES = ("on", "off", "neutral")
+MODES = ("on", "neutral", "off")
+QUERIES = ("all", "sofar", "first")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
 
 @dataclass
 class CCRAConfig:
@@ -70,7 +65,7 @@ class CCRAConfig:
         for name in PARTS + ("smooth",):
             require(name, lambda x: type(x) is bool, "true or false")
         require("sigma", lambda x: type(x) in (int, float) and 0 < x < math.inf, "a positive number")
-        require("anchor_layer", lambda x: type(x) is int and -self.n_layers <= x < 0, f"-1 (last layer) to -{self.n_layers}")
+        require("anchor_layer", lambda x: type(x) is int and -self.n_layers <= x < 0, f"-1 (last) to -{self.n_layers}")
         require("norm", lambda x: x in NORMS, "one of " + ", ".join(NORMS))
         require("order", lambda x: x in ORDERS, "one of " + ", ".join(ORDERS))
 
@@ -94,12 +89,28 @@ class TokenScorer(nn.Module):
         self.out = nn.Linear(d_hidden, 1, bias=False)
 
     def forward(self, F_t: Tensor, mask: Tensor) -> Tensor:
-        """F_t (B, T, D), mask (B, T) -> alpha (B, T), sums to 1. Padding has 0, and a row of padding only has nothing else."""
-        q, k, v = (linear(F_t, layer)[:, None] for layer in (self.q, self.k, self.v))    # (B, 1, T, h) each
-        context = attention(q, k, v, mask=mask[:, None, None, :])[:, 0]                          # (B, T, h)
-        scores = linear(context, self.out)[..., 0]                                               # (B, T)
+        """F_t (B, T, D), mask (B, T) -> alpha (B, T), sums to 1; 0 on padding, so a row of padding only sums to 0."""
+        q, k, v = (linear(F_t, layer)[:, None] for layer in (self.q, self.k, self.v))    # each (B, 1, T, h)
+        context = attention(q, k, v, mask=mask[:, None, None, :])[:, 0]                  # (B, T, h)
+        scores = linear(context, self.out)[..., 0]                                       # (B, T)
         # The lowest finite number, not -inf: a row of nothing but -inf has NaN for a softmax, and for a gradient.
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0)
+
+
+class Norm(nn.Module):
+    """LN(c x), where c is one number per token (eq. 5 and 13)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, c: Tensor, norm: str) -> Tensor:
+        """x (B, N, d) with c (B, N), or x (B, L, N, d) with c (B, L, N) -> like x."""
+        a, b = standardise(c, *moments(x), norm)                                         # like c
+        return self.affine(a[..., None] * x + b[..., None])
+
+    def affine(self, x: Tensor) -> Tensor:
+        return x * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -110,22 +121,6 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(config.text_dim, config.d_hidden, bias=False)
         self.k = nn.Linear(config.vision_dim, config.d_hidden, bias=False)
         self.norm = Norm(config.vision_dim)
-
-
-class Norm(nn.Module):
-    """LN(x * c), where c has one number per token: eq. 5 and 13 (and eq. 10 with no c at all)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor, c: Tensor, norm: str) -> Tensor:
-        """x (B, N, d) with c (B, N), or x (B, L, N, d) with c (B, L, N) -> like x."""
-        a, b = standardise(c, *moments(x), norm)                                                 # like c
-        return self.affine(a[..., None] * x + b[..., None])
-
-    def affine(self, x: Tensor) -> Tensor:
-        return x * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,16 +157,16 @@ def standardise(c: Tensor, mean: Tensor, var: Tensor, norm: str) -> tuple[Tensor
 def smooth(w: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Gaussian smoothing of scores (B, L) over the layers; beyond the ends the outermost layer is repeated.
 
-    w'[l] = sum_j g_j w[l + j - (k-1)//2]; g sums to 1 and has its centre at (k-1)/2: an even k looks half a layer up.
+    w'[l] = sum_j g_j w[l + j - (k-1)//2]; g sums to 1, its centre is (k-1)/2, so an even k looks half a layer up.
     """
     j = torch.arange(kernel_size, device=w.device)
-    g = torch.exp(-(j.to(w.dtype) - (kernel_size - 1) / 2).square() / (2 * sigma ** 2))         # (k)
+    g = torch.exp(-(j.to(w.dtype) - (kernel_size - 1) / 2).square() / (2 * sigma ** 2))  # (k)
     layers = torch.arange(w.shape[-1], device=w.device)[:, None] + j - (kernel_size - 1) // 2    # (L, k)
-    return w[:, layers.clamp(0, w.shape[-1] - 1)] @ (g / g.sum())                                # (B, L)
+    return w[:, layers.clamp(0, w.shape[-1] - 1)] @ (g / g.sum())                        # (B, L)
 
 
-# Three ways to read all features once. Layer by layer: the tower's stack without CLS is a view with gaps, which a product
-# over all of it would copy first. Vectors from the left: CPUs multiply batches several times slower from the right.
+# Three ways to read all features once. Layer by layer: the tower's stack without CLS is a view with gaps, and a product
+# with all of it would copy it first. Vectors from the left: CPUs multiply batches several times slower from the right.
 
 def project(x: Tensor, key: Tensor) -> Tensor:
     """x (B, N, d), key (B, d) -> (B, N): every token's product with the key."""
@@ -197,8 +192,8 @@ def mix(layers: list[Tensor], a: Tensor) -> Tensor:
 class CCRA(nn.Module):
     """Consistent Cross-layer Regional Alignment, eq. 1-14.
 
-    It rests on one fact: an attention whose `key` is zero is neutral. W = 0 leaves features as they are, and w_l = 0 makes
-    w_hat uniform. So an ablated part has key 0, and a row without any question has alpha = 0 and therefore three keys of 0.
+    It rests on one fact: an attention whose `key` is zero is neutral. W = 0 leaves features as they are, w_l = 0 makes
+    w_hat uniform. So an ablated part has key 0, and a row without any question has alpha = 0, hence three keys of 0.
     """
     name = "ccra"          # in a VLM's config.json
 
@@ -211,20 +206,20 @@ class CCRA(nn.Module):
 
     def freeze_unused(self) -> None:
         """requires_grad_(False) for what this configuration never uses: DDP would wait for its gradient."""
-        used = [part for part in PARTS if getattr(self.config, part)]
-        if self.config.order == "decoupled":                   # Figure 5a has no LPWCA, so not even its norm
-            used = [part for part in used if part != "lpwca"]
-            self.lpwca.norm.requires_grad_(False)
+        decoupled = self.config.order == "decoupled"           # Figure 5a has no LPWCA, so not even its norm
+        used = [part for part in PARTS if getattr(self.config, part) and not (decoupled and part == "lpwca")]
         for part in set(PARTS) - set(used):                    # no scores, but its norm stays
             getattr(self, part).q.requires_grad_(False)
             getattr(self, part).k.requires_grad_(False)
+        if decoupled:
+            self.lpwca.norm.requires_grad_(False)
         if not used:
             self.scorer.requires_grad_(False)
 
     def forward(self, F_stack: Tensor, F_t: Tensor, mask: Tensor, mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
-        """F_stack (B, L, N, d): blocks 1..L of the tower without CLS; F_t (B, T, D): words; mask (B, T) bool: real ones.
+        """F_stack (B, L, N, d): blocks 1..L of the tower, no CLS; F_t (B, T, D): words; mask (B, T) bool: real ones.
 
-        mode "on"; "neutral": as if there were no question; "off": the left half of F_fused is F_v^L, too (stage 1, which
+        mode "on"; "neutral": as if nothing were asked; "off": the left half of F_fused is F_v^L, too (stage 1, which
         section 4.1 trains without CCRA). Returns F_fused (B, N, 2d) in F_stack's dtype, and maps, at least float32:
         alpha (B, T), W_lp (B, L, N), w_l (B, L) raw, w_hat (B, L) sums to 1, w_p (B, N), but (B, L, N) when shuffled.
         """
@@ -234,20 +229,15 @@ class CCRA(nn.Module):
         if F_stack.shape[1::2] != (cfg.n_layers, cfg.vision_dim) or F_t.shape[-1] != cfg.text_dim:
             raise UserError(f"CCRA: made for features (B, {cfg.n_layers}, N, {cfg.vision_dim}) and words "
                             f"(B, T, {cfg.text_dim}), but given {tuple(F_stack.shape)} and {tuple(F_t.shape)}")
-        with torch.autocast(F_stack.device.type, enabled=False):                         # bfloat16 is too coarse for scores and statistics
+        with torch.autocast(F_stack.device.type, enabled=False):   # bfloat16 is too coarse for scores and statistics
             wide = torch.promote_types(F_stack.dtype, torch.float32)
-            layers = [x.to(wide) for x in F_stack.unbind(1)]                             # eq. 1: L x (B, N, d)
+            layers = [x.to(wide) for x in F_stack.unbind(1)]                             # L x (B, N, d), eq. 1
             F_t, anchor = F_t.to(wide), layers[cfg.anchor_layer]                         # (B, T, D), (B, N, d)
             asked = mode == "on" and F_t.shape[1] > 0
             alpha = self.scorer(F_t, mask) if asked else F_t.new_zeros(F_t.shape[:2])    # (B, T), eq. 2
             text = (alpha[:, None] @ F_t)[:, 0]                                          # (B, D)
-            if mode == "off":
-                W = anchor.new_zeros(len(anchor), cfg.n_layers, anchor.shape[1])         # (B, L, N)
-                w_l, w_p = W.new_zeros(W.shape[:2]), W if cfg.order == "shuffled" else W[:, 0]
-                left, maps = anchor, {"W_lp": W, "w_l": w_l, "w_hat": w_l.softmax(-1), "w_p": w_p}
-            else:
-                left, maps = getattr(self, cfg.order)(layers, anchor, text)              # (B, N, d)
-            F_fused = torch.cat([left, anchor], dim=-1)                                  # (B, N, 2d), eq. 14
+            left, maps = getattr(self, cfg.order)(layers, anchor, text)                  # (B, N, d), eq. 3-13
+            F_fused = torch.cat([anchor if mode == "off" else left, anchor], dim=-1)     # (B, N, 2d), eq. 14
         return F_fused.to(F_stack.dtype), {"alpha": alpha, **maps}
 
     def key(self, part: str, text: Tensor) -> Tensor:
@@ -263,16 +253,15 @@ class CCRA(nn.Module):
     def progressive(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """PAI: layers and patches, then layers, then patches. Returns F_regional (B, N, d) and the maps."""
         # LPWCA. F_lp = affine(a F_stack + b) is never written out
-        key = self.key("lpwca", text)                                                            # (B, d)
+        key = self.key("lpwca", text)                                                    # (B, d)
         W_lp = torch.stack([project(x, key) for x in layers], 1)                         # (B, L, N), eq. 3-4
-        mean, var = (torch.stack(s, 1) for s in zip(*map(moments, layers)))              # (B, L, N) both
+        mean, var = (torch.stack(m, 1) for m in zip(*map(moments, layers)))              # (B, L, N) both
         a, b = standardise(1 + W_lp, mean, var, self.config.norm)                        # (B, L, N) both, eq. 5
-        # LWCA
+        # LWCA. The affine comes after eq. 9's sum, as w_hat sums to 1
         F_layer = self.lpwca.norm.affine(pool(layers, a) + b.mean(-1, keepdim=True))     # (B, L, d), eq. 6
         w_l, w_hat = self.layer_weights(F_layer, text)                                   # (B, L) both, eq. 7-8
-        share = w_hat[..., None]                                                                 # (B, L, 1)
-        F_hat = mix(layers, share * a) + (share * b).sum(1)[..., None]                           # (B, N, d)
-        F_hat = self.lpwca.norm.affine(F_hat)                                            # after the sum, as w_hat sums to 1                eq. 9
+        share = w_hat[..., None]                                                         # (B, L, 1)
+        F_hat = self.lpwca.norm.affine(mix(layers, share * a) + (share * b).sum(1)[..., None])   # (B, N, d), eq. 9
         F_semantic = self.semantic(F_hat)                                                # (B, N, d), eq. 10
         # PWCA
         w_p = project(F_semantic, self.key("pwca", text))                                # (B, N), eq. 11-12
@@ -293,28 +282,27 @@ class CCRA(nn.Module):
         norm, x = self.lwca.norm, F_hat + F_hat.mean(1, keepdim=True)
         return nn.functional.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), EPS)
 
-    # Figure 5's other two arrangements, for the integration study (Table 3); plainly written, not for speed.
+    # Figure 5's other two arrangements, for the integration study (Table 3): plainly written, not for speed.
 
     def shuffled(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Figure 5b: LPWCA, then PWCA in every layer, then LWCA over the results."""
-        F_stack, key = torch.stack(layers, 1), self.key("lpwca", text)                   # (B, L, N, d), (B, d)
-        W_lp = torch.stack([project(x, key) for x in layers], 1)                                 # (B, L, N)
-        F_lp = self.lpwca.norm(F_stack, 1 + W_lp, self.config.norm)                              # (B, L, N, d)
-        key = self.key("pwca", text)
-        w_p = torch.stack([project(x, key) for x in F_lp.unbind(1)], 1)                          # (B, L, N)
-        F_r = self.pwca.norm(F_lp, 1 + w_p, self.config.norm)                                    # (B, L, N, d)
-        w_l, w_hat = self.layer_weights(F_r.mean(2), text)                                       # (B, L) both
-        left = self.semantic((w_hat[..., None, None] * F_r).sum(1))                              # (B, N, d)
+        key, patch_key = self.key("lpwca", text), self.key("pwca", text)                 # (B, d) both
+        W_lp = torch.stack([project(x, key) for x in layers], 1)                         # (B, L, N)
+        F_lp = self.lpwca.norm(torch.stack(layers, 1), 1 + W_lp, self.config.norm)       # (B, L, N, d)
+        w_p = torch.stack([project(x, patch_key) for x in F_lp.unbind(1)], 1)            # (B, L, N)
+        F_r = self.pwca.norm(F_lp, 1 + w_p, self.config.norm)                            # (B, L, N, d)
+        w_l, w_hat = self.layer_weights(F_r.mean(2), text)                               # (B, L) both
+        left = self.semantic((w_hat[..., None, None] * F_r).sum(1))                      # (B, N, d)
         return left, {"W_lp": W_lp, "w_l": w_l, "w_hat": w_hat, "w_p": w_p}
 
     def decoupled(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Figure 5a: LWCA over the layers and PWCA on F_v^L side by side, averaged; no LPWCA."""
-        w_l, w_hat = self.layer_weights(torch.stack([x.mean(1) for x in layers], 1), text)       # (B, L) both
-        S = self.semantic(mix(layers, w_hat[..., None].expand(-1, -1, anchor.shape[1])))         # (B, N, d)
-        w_p = project(anchor, self.key("pwca", text))                                            # (B, N)
-        R = self.pwca.norm(anchor, 1 + w_p, self.config.norm)                                    # (B, N, d)
-        W_lp = w_p.new_zeros(len(w_p), len(layers), w_p.shape[1])                        # (B, L, N)
-        return (S + R) / 2, {"W_lp": W_lp, "w_l": w_l, "w_hat": w_hat, "w_p": w_p}
+        w_l, w_hat = self.layer_weights(torch.stack([x.mean(1) for x in layers], 1), text)   # (B, L) both
+        w_p = project(anchor, self.key("pwca", text))                                    # (B, N)
+        even = w_hat[..., None].expand(-1, -1, w_p.shape[1])                             # (B, L, N)
+        S = self.semantic(mix(layers, even))                                             # (B, N, d)
+        R = self.pwca.norm(anchor, 1 + w_p, self.config.norm)                            # (B, N, d)
+        return (S + R) / 2, {"W_lp": torch.zeros_like(even), "w_l": w_l, "w_hat": w_hat, "w_p": w_p}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,15 +311,15 @@ class CCRA(nn.Module):
 class VLM(nn.Module):
     """Algorithm 1: vision tower -> fuser -> projector -> language model. Tensors only; prompts and text are elsewhere.
 
-    fuser: CCRA, or anything with .width, .name, .config (a dataclass) and forward(hidden (L+1, B, 1+N, d), F_t (B, T, D),
-    mask (B, T)) -> features (B, N', width), maps. `image` and `query` tell how to prepare this model's inputs.
+    fuser: CCRA, or anything with .width, .name, .config (a dataclass) and forward(hidden (L+1, B, 1+N, d),
+    F_t (B, T, D), mask (B, T)) -> features (B, N', width), maps. `image`, `query`: how this model wants its inputs.
     """
 
     def __init__(self, vision: CLIPVision, llm: Llama, fuser: nn.Module, projector: nn.Module, pad=True, query="all"):
         super().__init__()
         self.vision, self.fuser, self.projector, self.llm = vision, fuser, projector, llm
         self.image = {"size": vision.config.image_size, "pad": pad}
-        self.query = query             # which of the user's turns are F_t: all, sofar, first
+        self.query = query             # which of the user's turns are F_t
 
     @classmethod
     def build(cls, vision: CLIPVision, llm: Llama, config: CCRAConfig, pad=True, query="all") -> "VLM":
@@ -345,7 +333,7 @@ class VLM(nn.Module):
         fuser = CCRA(config)           # the projector is LLaVA's, but reads 2d channels where LLaVA's reads d
         return cls(vision, llm, fuser, nn.Sequential(nn.Linear(fuser.width, D), nn.GELU(), nn.Linear(D, D)), pad, query)
 
-    def look(self, pixels: Tensor, query: Tensor, query_mask: Tensor, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+    def look(self, pixels, query, query_mask, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1, steps 1 and 2, then the projector: the picture, seen by somebody who asks this question.
 
         pixels (B, 3, H, W); query (B, Q) long, query_mask (B, Q) bool: the user's words. Never the answer's: that would
@@ -364,13 +352,12 @@ class VLM(nn.Module):
             features, maps = self.fuser(hidden, F_t, query_mask)                         # (B, N', width)
         return self.projector(features), maps
 
-    def merge(self, visual: Tensor | None, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None,
-              left=False, max_length: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def merge(self, visual, ids, mask=None, labels=None, left=False, max_length=None):
         """The sequence that the language model reads: ids embedded, IMAGE_TOKEN replaced by the picture's N' rows.
 
         visual (B, N', D), or None: no pictures; ids, labels (B, T); mask (B, T) bool: real ids, padded on either side.
-        left: pad on the left (to generate), not on the right (to train); max_length: cut there. Returns embeds
-        (B, T', D), mask (B, T') and labels (B, T') or None, IGNORE on the picture and on padding.
+        left: pad on the left (to generate), not on the right (to train); max_length: cut there.
+        Returns embeds (B, T', D), mask (B, T') and labels (B, T') or None, IGNORE on the picture and on padding.
         A row without IMAGE_TOKEN shows nothing of its visual features. They stay in the graph all the same, with
         gradient 0: in sharded training, a rank that leaves out the vision path would keep the others waiting.
         """
@@ -383,7 +370,7 @@ class VLM(nn.Module):
         longest = self._check_ids(ids, mask & ~picture, picture, visual, length)
         merged = longest if max_length is None else min(longest, max_length)             # T'
         slot = torch.arange(merged, device=ids.device).expand(len(ids), -1)              # (B, T')
-        slot = slot - (merged - length) if left else slot                                # counted from the row's first id; negative: padding
+        slot = slot - (merged - length) if left else slot        # counted from the row's first id; negative: padding
         real = (slot >= 0) & (slot < length)
         at = torch.searchsorted(ends, slot.clamp(min=0), right=True).clamp(max=T - 1)    # (B, T'), which id is here
         seen = picture.gather(1, at)                                                     # (B, T'), is it the picture?
@@ -411,8 +398,7 @@ class VLM(nn.Module):
             raise UserError("a row has an IMAGE_TOKEN, but there are no pixels")
         return longest
 
-    def forward(self, pixels: Tensor | None, ids: Tensor, query: Tensor, query_mask: Tensor, mask: Tensor | None = None,
-                labels: Tensor | None = None, mode="on", max_length=2048) -> Tensor:
+    def forward(self, pixels, ids, query, query_mask, mask=None, labels=None, mode="on", max_length=2048) -> Tensor:
         """Logits (B, T', V) of the merged sequences, padded on the right; UserError if they exceed the context.
 
         With labels (B, T), not shifted: the SUM of cross-entropy over the supervised tokens, float32 (0 if there are
@@ -428,21 +414,20 @@ class VLM(nn.Module):
         hidden = self.llm.hidden(embeds=embeds)                                          # (B, T', D)
         if labels is None:
             return self.llm.lm_head(hidden)
-        labels = labels[:, 1:]                                                           # position t predicts label t + 1
-        kept = labels != IGNORE                                                          # S of them, few, and V is large
+        labels = labels[:, 1:]                                   # position t predicts label t + 1
+        kept = labels != IGNORE                                  # S of them; few, and V is large
         logits = self.llm.lm_head(hidden[:, :-1][kept])                                  # (S, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, labels[kept], reduction="sum")
 
     @torch.no_grad()
-    def generate(self, pixels: Tensor | None, ids: Tensor, query: Tensor, query_mask: Tensor, mask: Tensor | None = None,
-                 max_new_tokens=128, temperature=0.0, top_p=1.0, eos_ids: Iterable[int] = (),
-                 generator: torch.Generator | None = None, mode="on") -> Iterator[Tensor]:
+    def generate(self, pixels, ids, query, query_mask, mask=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
+                 eos_ids=(), generator=None, mode="on"):
         """Yields the next ids, (B,) long, one position of the answers after the other.
 
-        It ends once every row has met one of eos_ids (that step isn't yielded: a prompt alone never shows its EOS), after
-        max_new_tokens, or with the context. A row that is done repeats its EOS while others go on. temperature 0 is
-        greedy. Picture and prompt are read once; a prompt that fills the context is a UserError, at the first step.
+        It ends once every row has met one of eos_ids (that step isn't yielded: a prompt alone never shows its EOS),
+        after max_new_tokens, or with the context. A row that is done repeats its EOS while others go on. temperature 0
+        is greedy. Picture and prompt are read once; a prompt that fills the context is a UserError, at the first step.
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
@@ -450,7 +435,7 @@ class VLM(nn.Module):
         embeds, mask, _ = self.merge(visual, ids, mask, left=True)                       # (B, T', D), (B, T')
         (B, prompt), context = mask.shape, self.llm.config.max_position_embeddings
         if prompt >= context:
-            raise UserError(f"the prompt has {prompt} positions with the picture, the language model has {context}: no room")
+            raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")
         steps = min(max_new_tokens, context - prompt)
         # Without padding no mask, for the faster attention; otherwise all that is to come is real.
         mask = None if mask.all() else torch.cat([mask, mask.new_ones(B, steps)], dim=1)     # (B, T' + steps)
@@ -483,22 +468,24 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None) -> "VLM":
-        """Read what `save_pretrained` wrote (dtype None: as it is there). UserError for whatever doesn't fit exactly."""
+        """Read what `save_pretrained` wrote (dtype None: as it is there). UserError for whatever doesn't fit."""
         config = weights.read_config(dir)
         if config.get("model_type") != "nanoccra":
-            raise UserError(f"{dir}: model_type {config.get('model_type')!r}, but 'nanoccra', a model saved here, is needed")
+            raise UserError(f"{dir}: model_type {config.get('model_type')!r}; a model saved here says 'nanoccra'")
         for part in ("vision", "llm", "fuser", "image"):
             if not isinstance(config.get(part), dict):
                 raise UserError(f"{dir}: config.json has no {part!r}")
-        name, fuser = config["fuser"].get("name"), {k: v for k, v in config["fuser"].items() if k != "name"}
-        unknown = [name] * (name != CCRA.name) + [key for key in fuser if key not in CCRAConfig.__dataclass_fields__]
-        if unknown:
-            raise UserError(f"{dir}: config.json has {unknown[0]!r} for a fuser, or in it, which is not known here")
+        fuser = dict(config["fuser"])
+        if (name := fuser.pop("name", None)) != CCRA.name:
+            raise UserError(f"{dir}: config.json has a fuser {name!r}, which is unknown (only {CCRA.name!r})")
+        if unknown := fuser.keys() - CCRAConfig.__dataclass_fields__.keys():
+            raise UserError(f"{dir}: config.json gives the fuser {min(unknown)!r}, which is unknown")
         with torch.device("meta"):
-            vision, llm = CLIPVision(CLIPVisionConfig.from_dict(config["vision"])), Llama(LlamaConfig.from_dict(config["llm"]))
+            vision = CLIPVision(CLIPVisionConfig.from_dict(config["vision"]))
+            llm = Llama(LlamaConfig.from_dict(config["llm"]))
             model = cls.build(vision, llm, CCRAConfig(**fuser), config["image"].get("pad"), config.get("query"))
         if config["image"] != model.image:
-            raise UserError(f"{dir}: config.json says image {config['image']}, but its vision tower takes {model.image}")
+            raise UserError(f"{dir}: config.json says image {config['image']}, its vision tower takes {model.image}")
         own = {name: name for name, _ in model.named_parameters()}
         return weights.load(model, weights.Tensors(dir), own.get, (), dtype, device)
 
@@ -507,7 +494,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     """(B, V) -> (B,): the likeliest id (temperature 0), or a draw among the likeliest that reach top_p together."""
     if temperature == 0:
         return logits.argmax(-1)
-    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)        # (B, V) both
-    before = share.cumsum(-1) - share                                                    # an id is out when those before it already reach top_p
+    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)    # (B, V) both
+    before = share.cumsum(-1) - share                            # out: an id before which top_p is reached already
     drawn = torch.multinomial(share.masked_fill(before >= top_p, 0), 1, generator=generator)     # (B, 1)
     return ids.gather(1, drawn)[:, 0]

@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -30,11 +31,9 @@ import torch
 from torch import Tensor
 
 from clip import open_image, preprocess
-from llama import Tokenizer
+from llama import IGNORE, IMAGE_TOKEN, Tokenizer
 from weights import UserError, run
 
-IMAGE_TOKEN = -200      # stands in ids where the picture's features go; never an index into an embedding table
-IGNORE = -100           # a label that isn't one: cross entropy skips it
 SLOT = "<image>"        # how a record's text says where the picture goes; what a user types is never read this way
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -54,15 +53,15 @@ def check(record, where: str = "record", template: str = "v1") -> tuple[list[tup
     """
     where = name(record, where)
 
-    def need(fine, otherwise):
+    def need(fine, otherwise, *things):     # formatted only when it is needed: there are a million turns to check
         if not fine:
-            raise UserError(f"{where}: {otherwise}")
+            raise UserError(f"{where}: {otherwise.format(*things)}")
 
     need(isinstance(record, dict) and isinstance(record.get("conversations"), list), 'has no list "conversations"')
     for i, turn in enumerate(record["conversations"]):
-        need(isinstance(turn, dict) and turn.get("from") in ("human", "gpt"), f'turn {i} isn\'t from "human" or "gpt"')
-        need(isinstance(turn.get("value"), str), f'the "value" of turn {i} isn\'t text')
-        need(encodable(turn["value"]), f'the "value" of turn {i} isn\'t valid Unicode')
+        need(isinstance(turn, dict) and turn.get("from") in ("human", "gpt"), "turn {} isn't from human or gpt", i)
+        need(isinstance(turn.get("value"), str), "the value of turn {} isn't text", i)
+        need(encodable(turn["value"]), "the value of turn {} isn't valid Unicode", i)
     said = record["conversations"]
     said = said[1:] if said and said[0]["from"] == "gpt" else said
     need(said, "the human says nothing")
@@ -72,10 +71,10 @@ def check(record, where: str = "record", template: str = "v1") -> tuple[list[tup
     if "image" in record:
         path = record["image"]
         need(isinstance(path, str) and path, '"image" isn\'t the path of one picture')
-        need(inside(path), f'"image" is {path!r}, which leads out of the image folder')
+        need(inside(path), '"image" is {!r}, which leads out of the image folder', path)
         holders = [i for i, question in enumerate(questions) if SLOT in question]
-        need(holders, f"it names a picture, but no human turn says {SLOT}")
-        need(sum(text.count(SLOT) for text in questions + answers) == 1, f"more than one {SLOT} for its one picture")
+        need(holders, "it names a picture, but no human turn says " + SLOT)
+        need(sum(text.count(SLOT) for text in questions + answers) == 1, "more than one " + SLOT)
         picture = holders[0]
         questions[picture] = questions[picture].replace(SLOT, "")
     if template == "plain":
@@ -90,7 +89,7 @@ def name(record, where: str) -> str:
 
 def encodable(text: str) -> bool:
     """json can spell half of a surrogate pair, which no tokenizer can read."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+    return text.isascii() or re.search("[\ud800-\udfff]", text) is None
 
 
 def inside(path: str) -> bool:
@@ -220,7 +219,7 @@ def start(tokenizer: Tokenizer) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # A data set
 
-@dataclass
+@dataclass(eq=False, repr=False)      # neither should walk through 665,298 records
 class LlavaJson:
     """A LLaVA json and its pictures as a list: item i is dict(pixels, ids, labels, query). `load` makes it.
 
@@ -311,6 +310,17 @@ def read_records(file: Path) -> list:
     return records
 
 
+def cut(sample: dict, max_length: int, picture_rows: int) -> dict:
+    """The sample with ids and labels cut so that the merged row, its picture being picture_rows long, fits max_length.
+
+    Done before the batch, not in the model, so that the supervised tokens that are left can be counted.
+    """
+    ids = sample["ids"]
+    at = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else len(ids)
+    keep = max_length if max_length <= at else max(at, max_length - picture_rows + 1)     # the picture whole or not
+    return {**sample, "ids": ids[:keep], "labels": sample["labels"][:keep]}
+
+
 def collate(samples: list[dict], pad_id: int = 0) -> dict[str, Tensor]:
     """Items as one batch, padded on the right: pixels (B, 3, H, W); ids, labels (B, T) and query (B, Q) long.
 
@@ -375,8 +385,8 @@ def main() -> None:
     p = commands.add_parser(
         "show", help="print records as the model would be trained on them",
         description="Check a json and its pictures, then print some records as the model would be trained on them: "
-        "what it has to predict in green (or «»), the query underlined (or ‹›), [<image>] where the picture goes.")
-    p.add_argument("--json", type=Path, metavar="FILE", help="records in LLaVA's format")
+        "what it has to predict in green (or «»), the query underlined (or ‹›).")
+    p.add_argument("--json", type=Path, metavar="FILE", help="records in LLaVA's format (default: the embedded world)")
     p.add_argument("--images", type=Path, metavar="DIR", help="what the records' picture paths are relative to "
                    "(without it nobody looks whether the pictures are there)")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="a language model's folder, for its tokenizer")
@@ -386,12 +396,16 @@ def main() -> None:
     p.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
                    help="colours or brackets (default: colours on a terminal)")
     args = parser.parse_args()
-    for flag, given in (("--json FILE", args.json), ("--tokenizer DIR", args.tokenizer)):
-        if given is None:
-            raise UserError(f"data.py show needs {flag}")
     if args.n < 1:
         raise UserError("--n should be at least 1")
-    data = load(args.json, args.images, Tokenizer.from_pretrained(args.tokenizer), args.template)
+    if args.json is None:
+        import toy         # which imports this file: only for the records, and only here
+        stage = 1 if args.template == "plain" else 2
+        data = toy.ToyScenes(f"train{stage}", 10000, stage, Tokenizer.from_pretrained(args.tokenizer or toy.MODEL))
+    elif args.tokenizer is None:
+        raise UserError("data.py show --json needs --tokenizer DIR")
+    else:
+        data = load(args.json, args.images, Tokenizer.from_pretrained(args.tokenizer), args.template)
     n = min(args.n, len(data))
     picks = range(n) if args.seed is None else random.Random(args.seed).sample(range(len(data)), n)
     show([data.sample(i) for i in picks], data.tokenizer, n, args.color, [data.record_id(i) for i in picks])

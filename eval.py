@@ -1,9 +1,9 @@
 """Ask a model many questions and score its answers.
 
     python eval.py --task toy                    2,000 held-out questions about the embedded world, by kind
-    python eval.py --task toy --grey             the same questions about grey pictures: what can be guessed without looking
+    python eval.py --task toy --grey             the same about grey pictures: what can be guessed without looking
 
-Answers are greedy. Beside each kind's accuracy stands its majority rate, the accuracy of always giving the commonest answer.
+Answers are greedy. Beside each kind's accuracy stands its majority rate: that of always giving the commonest answer.
 """
 import argparse
 import json
@@ -26,11 +26,11 @@ def answers(model: VLM, tokenizer: Tokenizer, questions, batch: int, max_new_tok
     """Greedy answers, in order, to [(PIL image, question)]; questions of like length share a batch."""
     rows = [prompt([(question, None)], tokenizer) for _, question in questions]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    texts = [""] * len(rows)
+    texts, size = [""] * len(rows), model.vision.config.image_size
     for at in tqdm(range(0, len(rows), batch), desc="answering", unit="batch", file=sys.stderr):
         chosen = by_length[at:at + batch]
         b = collate([dict(ids=rows[i].ids, labels=rows[i].labels, query=rows[i].query,
-                          pixels=preprocess(questions[i][0], model.vision.config.image_size, pad=True)) for i in chosen])
+                          pixels=preprocess(questions[i][0], size, pad=True)) for i in chosen])
         b = {k: v.to(device) for k, v in b.items() if k != "labels"}
         steps = list(model.generate(**b, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids))
         for row, i in zip(torch.stack(steps, 1).tolist() if steps else [[]] * len(chosen), chosen):
@@ -68,8 +68,8 @@ def main(argv=None):
     tokenizer = Tokenizer.from_pretrained(args.model)
     items = toy.exam(args.seed, args.n)
     grey = Image.new("RGB", (toy.SIZE, toy.SIZE), (128, 128, 128))
-    texts = answers(model, tokenizer, [(grey if args.grey else toy.draw(scene), question) for scene, _, question, _ in items],
-                    args.batch, 12, device)
+    asked = [(grey if args.grey else toy.draw(scene), question) for scene, _, question, _ in items]
+    texts = answers(model, tokenizer, asked, args.batch, 12, device)
     result = score_toy(items, texts)
     if args.json:
         return print(json.dumps(result))

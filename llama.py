@@ -310,6 +310,9 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
+IMAGE_TOKEN = -200      # stands in a row of ids where the picture's features go; never an index into an embedding table
+IGNORE = -100           # a label that isn't one: cross entropy skips it
+
 # How text is cut into words before byte pairs are merged inside each word; the alternatives are tried from the left.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2: every digit alone, then GPT2 on what lies between. In one expression: white space may run up to a digit.

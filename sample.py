@@ -26,7 +26,7 @@ def main(argv=None):
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this probability")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
     args = p.parse_args(argv)
@@ -47,7 +47,7 @@ def main(argv=None):
 
 
 def stream(model, tokenizer, batch, args, started):
-    """Write the answer while it is being made, then the times. started: when the program began, in perf_counter's seconds."""
+    """Write the answer while it is being made, then the times. started: perf_counter when the program began."""
     times = []
 
     def ids():

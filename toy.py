@@ -1,22 +1,22 @@
 """The embedded world: little pictures, questions about them, and the two small towers that are pretrained on it.
 
 Nobody can rent eight A100s to find out whether a line of code is right, so this repository carries a world in which the
-whole recipe of the paper runs for real on a laptop: (a) a small CLIP learns from captions, (b) a small Llama learns from
-text alone, both are saved in the public Hugging Face layout, and from there on nothing is special: train.py loads them
-with the code that loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1 and stage 2.
+whole recipe of the paper runs for real on a laptop: (a) a small CLIP learns from captions, (b) a small Llama learns
+from text alone, both are saved in the public Hugging Face layout, and from there on nothing is special: train.py loads
+them with the code that loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1 and stage 2.
 
     python toy.py show  --n 6         draws scenes with their questions into out/scenes.png
     python toy.py retrain             everything from nothing: tokenizer, CLIP, Llama, stage 1, stage 2 (resumable)
 
 A scene has nine cells. Some hold emoji objects (32 kinds in 4 categories), one may hold a coloured shape, one a printed
 word. A scene is a pure function of a string such as "train/17": no picture is stored, and training and held-out scenes
-differ in that string. Questions are balanced so that the answer cannot be guessed from the question (tests/test_toy.py).
+differ in that string. Questions are balanced, so that they don't give their answers away (tests/test_toy.py).
 """
 import argparse
-import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -32,9 +32,10 @@ from PIL import Image, ImageDraw, ImageFont
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig, preprocess
 from data import IGNORE, SYSTEM, render
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import UserError, pick_device, run
+from weights import Tensors, read_config, run, save
 
 ROOT = Path(__file__).resolve().parent
+SCENE = "test/200"                        # the scene that the README asks about
 ASSETS = ROOT / "assets"
 MODEL = ASSETS / "toy"                    # the embedded model that ships with the repository
 OUT = Path("out/toy")                     # where retraining works
@@ -87,8 +88,11 @@ class Scene:
     things: list
 
 
-def make_scene(key: str) -> Scene:
-    """The scene of a key: one to six objects of one to three kinds, a shape (70%), a word (50%), each in its own cell."""
+def make_scene(key: str, limit=8) -> Scene:
+    """The scene of a key: 1 to 6 objects of 1 to 3 kinds, a shape (70%) and a word (50%), each in its own cell.
+
+    limit: keep so many things at most (text_batch begins with small scenes).
+    """
     rng = random.Random("scene/" + key)
     cells = rng.sample(range(9), 9)
     names = []
@@ -100,7 +104,7 @@ def make_scene(key: str) -> Scene:
     if rng.random() < 0.5:
         things.append(Thing("word", rng.choice(WORDS), cells.pop()))
     rng.shuffle(things)
-    return Scene(key, things)
+    return Scene(key, things[:limit])
 
 
 @lru_cache(maxsize=None)
@@ -133,7 +137,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 KNOWS = ("this is the embedded model, which knows drawn scenes of 96 x 96 pixels only (python toy.py show): "
-         f"{', '.join(KINDS)}; coloured {', '.join(SHAPES)}; printed words. This picture is no such scene, so expect nonsense.")
+         f"{', '.join(KINDS)}; coloured {', '.join(SHAPES)}; printed words. This picture is none: expect nonsense.")
 
 
 def knows(image: Image.Image) -> bool:
@@ -185,6 +189,8 @@ def ask(scene: Scene, kind: str, rng: random.Random):
     shapes = [t for t in scene.things if t.what == "shape"]
     words = [t for t in scene.things if t.what == "word"]
     k = j = s = ""
+    if kind in ("count", "category", "presence") and not objects:
+        return None
     if kind == "count":          # a fifth asks for what isn't there; else every number that occurs is equally likely
         n = 0 if rng.random() < 0.2 else rng.choice(sorted({objects.count(o) for o in objects}))
         k = rng.choice([o for o in KINDS if objects.count(o) == n])
@@ -222,7 +228,7 @@ def ask(scene: Scene, kind: str, rng: random.Random):
 def conversation(scene: Scene, max_turns=6) -> list:
     """One to max_turns questions with answers, of different kinds as far as the scene allows: [(question, answer)]."""
     rng = random.Random("ask/" + scene.key)
-    kinds = list(QUESTIONS) + ["count", "presence"]
+    kinds = list(QUESTIONS) + ["count", "presence", "where", "left-of"]
     rng.shuffle(kinds)
     turns = []
     for kind in kinds:
@@ -242,7 +248,7 @@ def record(turns, image="") -> dict:
 
 
 def exam(seed: int, n: int):
-    """n held-out questions, every kind equally often: [(scene, kind, question, answer)]. No training scene has such a key."""
+    """n held-out questions, every kind equally often: [(scene, kind, question, answer)]. Training has no such keys."""
     items = []
     for i in range(n):
         kind = list(QUESTIONS)[i % len(QUESTIONS)]
@@ -269,10 +275,14 @@ class ToyScenes(torch.utils.data.Dataset):
     def record_id(self, i):
         return f"{self.split}/{i}"
 
-    def __getitem__(self, i):
+    def sample(self, i):
+        """The text alone."""
         scene = make_scene(self.record_id(i))
         turns = [("Describe the picture.", caption(scene))] if self.stage == 1 else conversation(scene)
-        sample = render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
+        return render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
+
+    def __getitem__(self, i):
+        sample, scene = self.sample(i), make_scene(self.record_id(i))
         return dict(ids=sample.ids, labels=sample.labels, query=sample.query,
                     pixels=preprocess(draw(scene), self.size, pad=True))
 
@@ -337,7 +347,7 @@ class Muon(torch.optim.Optimizer):
                     gram = u @ u.T
                     u = 3.4445 * u + (-4.775 * gram + 2.0315 * gram @ gram) @ u
                 u = u.T if p.shape[0] > p.shape[1] else u
-                p.add_(u, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)             # the root mean square of AdamW's steps
+                p.add_(u, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)       # as large as AdamW's steps
 
 
 def optimizers(model, lr):
@@ -390,7 +400,7 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
 
 
 def sibling(scene: Scene) -> Scene:
-    """The same things in other places: for CLIP a negative that only a picture encoder with a sense of place tells apart."""
+    """The same things in other places: a negative for CLIP that takes a sense of place to tell apart."""
     rng = random.Random("sibling/" + scene.key)
     cells = rng.sample(range(9), len(scene.things))
     return Scene(scene.key + "/sibling",
@@ -408,7 +418,7 @@ def clip_config(vocab_size):
 BOS, EOS = 1, 2
 
 
-def train_clip(out: Path, tokenizer, steps, batch=64):
+def train_clip(out: Path, tokenizer, steps, batch=40):
     """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings."""
     torch.manual_seed(1)
     model = CLIP(*clip_config(tokenizer.vocab_size), projection_dim=128)
@@ -436,42 +446,48 @@ def llama_config(vocab_size):
                        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS)
 
 
-def text_batch(tokenizer, step, batch):
-    """What the Llama learns to read: (ids, labels) of one step, right-padded.
+LOOK_UP = 1300      # from this step on the Llama reads small scenes that grow
 
-    The first steps repeat random sequences, which forms the heads that find an earlier token and copy what followed it.
-    Then scenes as text: captions of grids ("plain", as in stage 1) and conversations about a list or a grid ("v1").
+
+def text_rows(tokenizer, step, batch):
+    """What the Llama learns to read in one step: [(ids, labels)].
+
+    First repeated random sequences: to predict the second half is to find the earlier token and copy what followed it.
+    Then scenes as text, as captions of grids ("plain", like stage 1) or with a conversation ("v1"), which teaches the
+    forms. Then small scenes that grow: to find the asked thing among two is learnt in fifty steps, and carries over to
+    more; among eight at once it isn't learnt in a thousand.
     """
     rng = random.Random(f"text/{step}")
     if step < 250:
         half = [[rng.randrange(259, tokenizer.vocab_size) for _ in range(rng.randint(10, 30))] for _ in range(batch)]
-        rows = [([BOS] + h + h, [IGNORE] * (len(h) + 1) + h) for h in half]
-    else:
-        rows = []
-        for i in range(batch):
-            scene = make_scene(f"text/{step}/{i}")
-            if i % 4 == 0:
-                seen = tokenizer.encode(grid(scene))
-                told = tokenizer.encode(caption(scene)) + tokenizer.encode("\n", continues=True)
-                rows.append(([BOS] + seen + told, [IGNORE] * (1 + len(seen)) + told))
-                continue
-            turns = conversation(scene)
+        return [([BOS] + h + h, [IGNORE] * (len(h) + 1) + h) for h in half]
+    rows, grows = [], step >= LOOK_UP
+    for i in range(batch):
+        limit = 2 + rng.randrange(1 + (step - LOOK_UP) // 100) if grows else 8
+        scene = make_scene(f"text/{step}/{i}", limit)
+        if i % (8 if grows else 4) == 0:
+            seen = tokenizer.encode(grid(scene))
+            told = tokenizer.encode(caption(scene)) + tokenizer.encode("\n", continues=True)
+            rows.append(([BOS] + seen + told, [IGNORE] * (1 + len(seen)) + told))
+        elif turns := conversation(scene, 11 if grows else 6):
             context = grid(scene) if i % 4 == 1 else caption(scene)
             sample = render(record([(context + "\n" + turns[0][0], turns[0][1])] + turns[1:]), tokenizer, "v1")
-            cut = 0 if i % 8 == 2 else sample.ids.index(tokenizer.encode("USER:")[0]) - 1   # mostly no system prompt: it is long
-            rows.append(([BOS] + sample.ids[cut + 1:], [IGNORE] + sample.labels[cut + 1:]))
-    width = max(len(ids) for ids, _ in rows)
-    return (torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-            torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in rows]))
+            # mostly without the system prompt, which is long and always the same
+            cut = 1 if i % 8 == 2 else sample.ids.index(tokenizer.encode("USER:")[0])
+            rows.append(([BOS] + sample.ids[cut:], [IGNORE] + sample.labels[cut:]))
+    return rows
 
 
 def train_llama(out: Path, tokenizer, steps, batch=32):
-    """Next-token prediction on text alone, the loss on answers and captions: the part that Vicuna plays in the paper."""
+    """Next-token prediction on text, the loss on answers and captions: the part that Vicuna plays in the paper."""
     torch.manual_seed(2)
     model = Llama(llama_config(tokenizer.vocab_size))
 
     def loss_of_step(model, step):
-        ids, labels = text_batch(tokenizer, step, batch)
+        rows = text_rows(tokenizer, step, batch)
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])        # (B, T)
+        labels = torch.tensor([row + [IGNORE] * (width - len(row)) for _, row in rows])
         keep = labels[:, 1:] != IGNORE
         logits = model.lm_head(model.hidden(tokens=ids)[:, :-1][keep])                 # (answers, V)
         target = labels[:, 1:][keep]
@@ -508,8 +524,10 @@ def retrain(args):
 
 def ship(args):
     """Write stage 2's model to assets/toy in float16, and the scene that the README asks about."""
-    model = VLM.from_pretrained(OUT / "stage2", dtype=torch.float16)
-    model.save_pretrained(MODEL, tokenizer_file=OUT / "stage2" / "tokenizer.model")
+    source = OUT / "stage2"
+    tensors = {name: tensor.half() for name, tensor in Tensors(source).items()}
+    save(MODEL, tensors, {**read_config(source), "world": "toy"})
+    shutil.copyfile(source / "tokenizer.model", MODEL / "tokenizer.model")
     draw(make_scene(SCENE)).save(ASSETS / "scene.png")
     size = sum(f.stat().st_size for f in MODEL.iterdir())
     print(f"{MODEL}: {size / 1e6:.1f} MB")
@@ -538,8 +556,8 @@ def main():
     s.add_argument("--n", type=int, default=12)
     s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
-    s.add_argument("--clip-steps", type=int, default=700)
-    s.add_argument("--llama-steps", type=int, default=3000)
+    s.add_argument("--clip-steps", type=int, default=500)
+    s.add_argument("--llama-steps", type=int, default=2400)
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
     dict(show=show, retrain=retrain, ship=ship)[args.command](args)

@@ -6,8 +6,9 @@
 Without further flags this is the embedded world (toy.py) on whatever this machine has. With --json and --images it is
 LLaVA's data, with --vision and --llm any public towers.
 
-The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch into
-micro-batches (--micro) changes no gradient. (LLaVA averages micro-batch means, which weighs a token in a short answer more.)
+The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch
+into micro-batches (--micro) changes no gradient. (LLaVA averages the means of micro-batches, which gives a token of a
+short answer more weight.)
 A run that was stopped goes on where it was, bit for bit, when the same command is given again.
 """
 import argparse
@@ -40,14 +41,14 @@ TOY_STEPS = {1: 300, 2: 3000}
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: projector on captions; 2: instruction tuning")
-    p.add_argument("--out", help="where checkpoints, log.csv and the model go (default out/toy/stageN or out/llava/stageN)")
+    p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: instruction tuning")
+    p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/toy/stageN or out/llava/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice); results depend on it")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
     g.add_argument("--json", help="LLaVA json (default: the embedded world)")
     g.add_argument("--images", help="the folder that the json's pictures are relative to")
-    g.add_argument("--workers", type=int, help="processes that read pictures (default: 0 for the embedded world, else 4)")
+    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower (default: the embedded world's)")
     g.add_argument("--llm", help="stage 1: folder of the language model (default: the embedded world's)")
@@ -59,6 +60,7 @@ def arguments(argv=None):
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--steps", type=int, help="steps in all (default: one epoch)")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warms up")
+    g.add_argument("--max-length", type=int, default=2048, help="positions, picture included, that a sample is cut to")
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
@@ -82,7 +84,7 @@ def get_lr(step, steps, peak, warmup):
 
 
 def build(args, device):
-    """The model before this stage, its tokenizer, and the folder that the tokenizer's file comes from. Weights in float32."""
+    """The model before this stage, in float32, and its tokenizer."""
     if args.stage == 1:
         base = toy.OUT
         vision, llm = Path(args.vision or base / "clip"), Path(args.llm or base / "llama")
@@ -97,7 +99,7 @@ def build(args, device):
 
 
 def freeze(model: VLM, stage: int):
-    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns the trained parameters."""
+    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns what is trained."""
     for name, p in model.named_parameters():
         frozen_part = name.startswith("vision.") or stage == 1 and not name.startswith("projector.")
         p.requires_grad_(p.requires_grad and not frozen_part)
@@ -105,7 +107,7 @@ def freeze(model: VLM, stage: int):
 
 
 def order(n, steps, batch, seed):
-    """The samples of every step: one seeded permutation an epoch, the last batch of an epoch may be short (as LLaVA's is)."""
+    """The samples of every step: one seeded permutation an epoch, whose last batch may be short (as LLaVA's is)."""
     per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
     for step in range(steps):
         if step % per_epoch == 0:
@@ -142,7 +144,8 @@ def resume(path: Path, trained, optimizer, device):
 
 
 def train_step(model, batches, device, dtype, stage):
-    """Forward and backward of one global batch. Returns (mean loss per supervised token, supervised tokens, all tokens)."""
+    """Forward and backward of one global batch, given in pieces. Returns the mean loss of a supervised token, and how
+    many tokens of text the batch has."""
     supervised = sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches)
     total = 0.0
     for batch in batches:
@@ -151,7 +154,66 @@ def train_step(model, batches, device, dtype, stage):
             loss = model(**batch, mode="off" if stage == 1 else "on") / max(1, supervised)
         loss.backward()
         total += loss.item()
-    return total, supervised, sum(int(b["mask"].sum()) for b in batches)
+    return total, sum(int(b["mask"].sum()) for b in batches)
+
+
+def open_dataset(args, tokenizer, size):
+    """What is trained on: a LLaVA json, checked as a whole before the first step, or the embedded world."""
+    if args.world == "llava":
+        template = "plain" if args.stage == 1 else "v1"
+        return data.load(args.json, args.images, tokenizer, template, size)
+    n = (args.steps or TOY_STEPS[args.stage]) * args.batch
+    return toy.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
+
+
+def describe(args, model, trained, dataset, steps, start, device, dtype):
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    pieces = f" ({args.micro} at a time)" if args.micro < args.batch else ""
+    resumed = f", going on after step {start}" if start else ""
+    print(f"stage {args.stage} on {device} in {dtype}: {count(trained.values()):,} of {count(model.parameters()):,} "
+          f"parameters trained, {len(dataset):,} samples, {steps} steps of {args.batch}{pieces}{resumed}", flush=True)
+
+
+def loop(args, model, trained, optimizer, dataset, steps, start, device, dtype):
+    """Steps start+1..steps. True when it came to the end, False when --stop-after ended it."""
+    plan = list(order(len(dataset), steps, args.batch, args.seed))[start:]
+    micro = [rows for batch in plan for rows in split(batch, args.micro)]
+    picture_rows = model.vision.grid ** 2
+
+    def collate(samples):
+        return data.collate([data.cut(sample, args.max_length, picture_rows) for sample in samples])
+
+    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro, num_workers=args.workers,
+                                               collate_fn=collate))
+    file, rows_before = args.out / "log.csv", read_log(args.out / "log.csv", start)
+    began = time.perf_counter()
+    with open(file, "w", newline="") as f:
+        log = csv.writer(f)
+        log.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"]] + rows_before)
+        for step, rows in enumerate(plan, start):
+            tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            pieces = [next(batches) for _ in split(rows, args.micro)]
+            loss, tokens = train_step(model, pieces, device, dtype, args.stage)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                ids = ", ".join(dataset.record_id(i) for i in rows[:8])
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; not updated; samples {ids}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.perf_counter()
+            speed, eta = tokens / (now - tic), (now - began) / (step + 1 - start) * (steps - step - 1)
+            print(f"step {step + 1}/{steps} {100 * (step + 1) / steps:.1f}% loss {loss:.4f} lr {lr:.2e} "
+                  f"norm {norm:.2f} {speed:,.0f} tokens/s eta {eta / 60:.1f} min", flush=True)
+            log.writerow([step + 1, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{speed:.0f}"])
+            stop = step + 1 == args.stop_after
+            if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
+                f.flush()
+                save_checkpoint(args.out / "checkpoint.pt", step + 1, trained, optimizer)
+            if stop:
+                return False
+    return True
 
 
 def main(argv=None):
@@ -161,53 +223,16 @@ def main(argv=None):
     device = pick_device(args.device)
     dtype = autocast_dtype(device)
     model, tokenizer = build(args, device)
-    size = model.vision.config.image_size
-    if args.json:
-        dataset = data.load(args.json, args.images, tokenizer, "plain" if args.stage == 1 else "v1", size, pad=args.stage == 2)
-    else:
-        dataset = toy.ToyScenes(f"train{args.stage}", (args.steps or TOY_STEPS[args.stage]) * args.batch, args.stage, tokenizer, size)
+    dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
     steps = args.steps or math.ceil(len(dataset) / args.batch)
     trained = freeze(model, args.stage)
-    # LLaVA's AdamW: no weight decay, no gradient clipping (its DeepSpeed configuration leaves clipping off)
+    # LLaVA's AdamW: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    start = resume(args.out / "checkpoint.pt", trained, optimizer, device)
+    describe(args, model, trained, dataset, steps, start, device, dtype)
     args.out.mkdir(parents=True, exist_ok=True)
-    ckpt = args.out / "checkpoint.pt"
-    start = resume(ckpt, trained, optimizer, device)
-    print(f"stage {args.stage} on {device} in {dtype}: {sum(p.numel() for p in trained.values()):,} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters trained, {len(dataset):,} samples, {steps} steps of "
-          f"{args.batch}" + (f" ({args.micro} at a time)" if args.micro < args.batch else "")
-          + (f", going on after step {start}" if start else ""), flush=True)
-    plan = [rows for rows in order(len(dataset), steps, args.batch, args.seed)][start:]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[m for rows in plan for m in split(rows, args.micro)],
-                                         num_workers=args.workers, collate_fn=data.collate)
-    batches, rows_done = iter(loader), read_log(args.out / "log.csv", start)
-    began = time.perf_counter()
-    with open(args.out / "log.csv", "w", newline="") as f:
-        log = csv.writer(f)
-        log.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"]] + rows_done)
-        for step, rows in enumerate(plan, start):
-            tic = time.perf_counter()
-            lr = get_lr(step, steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            micro = [next(batches) for _ in split(rows, args.micro)]
-            loss, supervised, tokens = train_step(model, micro, device, dtype, args.stage)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; samples "
-                                + ", ".join(str(dataset.record_id(i)) for i in rows[:8]) + ": nothing was updated")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            took, mean = time.perf_counter() - tic, (time.perf_counter() - began) / (step + 1 - start)
-            print(f"step {step + 1}/{steps} {100 * (step + 1) / steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
-                  f"{tokens / took:,.0f} tokens/s eta {mean * (steps - step - 1) / 60:.1f} min", flush=True)
-            log.writerow([step + 1, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / took:.0f}"])
-            stop = step + 1 == args.stop_after
-            if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
-                f.flush()
-                save_checkpoint(ckpt, step + 1, trained, optimizer)
-            if stop:
-                return print(f"stopped after step {step + 1}; the same command without --stop-after goes on", flush=True)
+    if not loop(args, model, trained, optimizer, dataset, steps, start, device, dtype):
+        return print(f"stopped after step {args.stop_after}; the same command without --stop-after goes on")
     model.save_pretrained(args.out, tokenizer_file=tokenizer.file)
     print(f"model written to {args.out}")
 

@@ -107,8 +107,8 @@ def record(*texts, **more):
 
 
 PIECES = ["a", "cat", "the", " the", " ", "  ", "\n", "\n\n", "\t", "2", "17", "0.5", ".", "?", ".\n", "?\n", "'s", "A",
-          "<", "USER", "USER:", "ASSISTANT", "ASSISTANT:", "é", "日本", "🙂", "👩‍👩‍👧", "\u3000", "\u2581", "\xa0", ">", "</",
-          "image", "\\n", "answer it"]
+          "<", "USER", "USER:", "ASSISTANT", "ASSISTANT:", "é", "日本", "🙂", "👩‍👩‍👧", "\u3000", "\u2581", "\xa0", ">",
+          "</", "image", "\\n", "answer it"]
 
 
 def words(rng, n=8):
@@ -596,3 +596,12 @@ def test_one_line_and_exit_2(world, folders):
 def test_constants_are_ccras():
     import ccra
     assert (ccra.IMAGE_TOKEN, ccra.IGNORE) == (data.IMAGE_TOKEN, data.IGNORE) == (-200, -100)
+
+
+def test_cut_counts_the_picture():
+    """The merged row, its picture 10 long, is never longer than asked; a picture that doesn't fit is left out whole."""
+    row = dict(ids=[1, 5, IMAGE_TOKEN, 6, 7, 8], labels=[IGNORE] * 4 + [7, 8])
+    kept = {room: data.cut(row, room, 10)["ids"] for room in (99, 15, 14, 12, 11, 2, 1)}
+    assert kept == {99: row["ids"], 15: row["ids"], 14: row["ids"][:5], 12: row["ids"][:3], 11: [1, 5], 2: [1, 5], 1: [1]}
+    assert data.cut(row, 14, 10)["labels"] == row["labels"][:5]
+    assert data.cut(dict(ids=[1, 2, 3], labels=[IGNORE, 2, 3]), 2, 10)["labels"] == [IGNORE, 2]

@@ -140,7 +140,7 @@ def test_broken_shards(tmp_path):
     with fails("ghost", second, INDEX):                                    # the index promises what isn't there
         with_map(ghost=second)
     with fails("a.first.weight", second, INDEX):                           # ... or is in another shard
-        with_map(**{"a.first.weight": second})
+        with_map(**{"a.first.weight": second, "a.first.bias": first})
     save_file({"a.first.bias": torch.ones(4), "stowaway": torch.ones(1)}, tmp_path / second)
     with fails("stowaway", second, INDEX):                                 # the index doesn't mention it
         with_map()
