@@ -398,6 +398,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n should be at least 1")
+    if args.json is None and args.images is not None:
+        raise UserError("--images says where the pictures of a --json FILE are, and there is none")
     if args.json is None:
         import toy         # which imports this file: only for the records, and only here
         stage = 1 if args.template == "plain" else 2

@@ -203,11 +203,12 @@ def ask(scene: Scene, kind: str, rng: random.Random):
     elif kind == "presence":
         answer = rng.choice(["yes", "no"])
         k = rng.choice(sorted(set(objects))) if answer == "yes" else rng.choice([o for o in KINDS if o not in objects])
-    elif kind == "where":
-        if not single:
+    elif kind == "where":        # sometimes of what isn't there
+        absent = rng.random() < 0.15
+        if not single and not absent:
             return None
-        thing = rng.choice(single)
-        k, answer = thing.name, PLACES[thing.cell]
+        thing = Thing("object", rng.choice([o for o in KINDS if o not in objects]), -1) if absent else rng.choice(single)
+        k, answer = thing.name, "nowhere" if absent else PLACES[thing.cell]
     elif kind == "left-of":
         pairs = [(a, b) for a in single for b in single if a.cell % 3 != b.cell % 3]
         if not pairs:
@@ -446,30 +447,31 @@ def llama_config(vocab_size):
                        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS)
 
 
-LOOK_UP = 1300      # from this step on the Llama reads small scenes that grow
+REPEATS = 600       # steps of repeated sequences before the scenes
 
 
 def text_rows(tokenizer, step, batch):
     """What the Llama learns to read in one step: [(ids, labels)].
 
-    First repeated random sequences: to predict the second half is to find the earlier token and copy what followed it.
-    Then scenes as text, as captions of grids ("plain", like stage 1) or with a conversation ("v1"), which teaches the
-    forms. Then small scenes that grow: to find the asked thing among two is learnt in fifty steps, and carries over to
-    more; among eight at once it isn't learnt in a thousand.
+    First repeated sequences of random names: to predict the second half is to find the earlier token and copy what
+    followed it, and that head is what every later question needs. Then scenes as text, as captions of grids ("plain", like
+    stage 1) or with a conversation ("v1"). They are small at first and grow: to find the asked thing among two is learnt in
+    fifty steps, and carries over to more; among eight at once it isn't learnt in a thousand.
     """
     rng = random.Random(f"text/{step}")
-    if step < 250:
-        half = [[rng.randrange(259, tokenizer.vocab_size) for _ in range(rng.randint(10, 30))] for _ in range(batch)]
-        return [([BOS] + h + h, [IGNORE] * (len(h) + 1) + h) for h in half]
-    rows, grows = [], step >= LOOK_UP
+    if step < REPEATS:
+        names = [tokenizer.encode(name)[0] for name in KINDS + WORDS + SHAPES + list(COLORS)]
+        n = rng.randint(8, 20)
+        half = [rng.choices(names, k=n) for _ in range(batch)]
+        return [([BOS] + h + h, [IGNORE] * (n + 1) + h) for h in half]
+    rows = []
     for i in range(batch):
-        limit = 2 + rng.randrange(1 + (step - LOOK_UP) // 100) if grows else 8
-        scene = make_scene(f"text/{step}/{i}", limit)
-        if i % (8 if grows else 4) == 0:
+        scene = make_scene(f"text/{step}/{i}", limit=2 + rng.randrange(1 + (step - REPEATS) // 80))
+        if i % 8 == 0:
             seen = tokenizer.encode(grid(scene))
             told = tokenizer.encode(caption(scene)) + tokenizer.encode("\n", continues=True)
             rows.append(([BOS] + seen + told, [IGNORE] * (1 + len(seen)) + told))
-        elif turns := conversation(scene, 11 if grows else 6):
+        elif turns := conversation(scene, 11):
             context = grid(scene) if i % 4 == 1 else caption(scene)
             sample = render(record([(context + "\n" + turns[0][0], turns[0][1])] + turns[1:]), tokenizer, "v1")
             # mostly without the system prompt, which is long and always the same
@@ -494,7 +496,7 @@ def train_llama(out: Path, tokenizer, steps, batch=32):
         right = (logits.argmax(-1) == target).float().mean().item()
         return F.cross_entropy(logits, target), f"right {right:.3f}"
 
-    pretrain("llama", model, loss_of_step, steps, 3e-3, out)
+    pretrain("llama", model, loss_of_step, steps, 2e-3, out)
     model.save_pretrained(out / "llama")
 
 
@@ -557,7 +559,7 @@ def main():
     s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
     s.add_argument("--clip-steps", type=int, default=500)
-    s.add_argument("--llama-steps", type=int, default=2400)
+    s.add_argument("--llama-steps", type=int, default=1600)
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
     dict(show=show, retrain=retrain, ship=ship)[args.command](args)
