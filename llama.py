@@ -9,7 +9,11 @@ Positions enter only inside the attention: queries and keys are turned by an ang
 (RoPE), so that their products depend on distances. `Llama` knows tensors, never text or pictures; a picture arrives as
 rows of `embeds`. The tokenizers, at the end, know text and nothing else.
 """
+import base64
+import binascii
 import codecs
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +31,9 @@ from weights import Tensors, UserError, load, read_config, read_json, save
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 @dataclass
 class LlamaConfig:
     """The names are Hugging Face's. Absent in a config.json, the optional ones mean what they mean there."""
@@ -39,6 +46,7 @@ class LlamaConfig:
     head_dim: int | None = None                        # None: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None                   # Llama 3.1 and later: see `frequencies`
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -52,25 +60,35 @@ class LlamaConfig:
                             "key/value heads")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd, and RoPE turns pairs")
+        scaling = self.rope_scaling or {"rope_type": "llama3", **dict.fromkeys(LLAMA3_ROPE, 1)}
+        if scaling.get("rope_type") != "llama3":
+            raise UserError(f"rope_type {scaling.get('rope_type')!r} is not implemented, only 'llama3' is")
+        for key in LLAMA3_ROPE:
+            if type(scaling.get(key)) not in (int, float) or scaling[key] <= 0:
+                raise UserError(f"rope_scaling: {key} should be a positive number, not {scaling.get(key)!r}")
 
     @classmethod
     def from_dict(cls, d: dict, where: str = "config.json") -> "LlamaConfig":
         """From a public config.json (`where`). What this file doesn't implement is a UserError, never ignored."""
         only = {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-                "mlp_bias": (False, None), "quantization_config": (None,), "rope_scaling": (None,)}
+                "mlp_bias": (False, None), "quantization_config": (None,)}
         for key, fine in only.items():
             if d.get(key) not in fine:
                 raise UserError(f"{where}: {key} is {d.get(key)!r}; the language model needs {fine[0]!r} here")
-        rope = d.get("rope_parameters") or {}          # where transformers 5 keeps rope_theta, and any scaling
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not implemented, only 'default' is")
         fields = {key: d[key] for key in cls.__dataclass_fields__ if key in d}
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope["rope_theta"]
+        # Transformers 5 keeps theta and scaling together in rope_parameters; before, rope_scaling held the latter.
+        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        scaling = {"rope_type": kind, **{key: rope.get(key) for key in LLAMA3_ROPE}}
+        fields["rope_scaling"] = None if kind == "default" else scaling
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(fields.get(key), int) or fields[key] < 1:
                 raise UserError(f"{where}: {key} should be a positive whole number, not {fields.get(key)!r}")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
 
     def to_dict(self) -> dict:
         """What the public config.json of this model says."""
@@ -93,15 +111,30 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
+def frequencies(config: LlamaConfig, device) -> Tensor:
+    """(hd/2,) float32: theta^(-2j/hd), the angle by which pair j turns from one position to the next.
+
+    Llama 3.1 was taught longer contexts than Llama 3 by slowing down what turns slowly: pairs that turn less than
+    low_freq_factor times within the old context by `factor`, those that turn more than high_freq_factor times not at
+    all, and those between in proportion. (The factor is 8 for 3.1 and 32 for 3.2: it comes from the config.)
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** exponent                                   # (hd/2,)
+    if config.rope_scaling is None:
+        return inv_freq
+    factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
+    turns = context * inv_freq / (2 * math.pi)                                       # (hd/2,) within the old context
+    share = ((turns - low) / (high - low)).clamp(0, 1)                               # 0: slowed down; 1: as it was
+    return (1 - share) * inv_freq / factor + share * inv_freq
+
+
 def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, hd/2) float32, of the angle position * theta^(-2j/hd) by which pair j is turned.
+    """cos and sin, (B, 1, T, hd/2) float32, of the angle position * frequency by which pair j is turned.
 
     Always float32, and never a buffer of a module: model.to(bfloat16) would cast it, and in bfloat16 the angles of
-    position 4000 are wrong by whole turns. A model's rope_scaling would change inv_freq, here.
+    position 4000 are wrong by whole turns.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** exponent                                   # (hd/2,)
-    angles = positions[:, None, :, None].float() * inv_freq                          # (B, 1, T, hd/2)
+    angles = positions[:, None, :, None].float() * frequencies(config, positions.device)   # (B, 1, T, hd/2)
     return angles.cos(), angles.sin()
 
 
@@ -336,12 +369,14 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, dir: str | Path) -> "Tokenizer":
-        """Read tokenizer.model (sentencepiece: Llama 1, 2, Vicuna) or tokenizer.json (byte pairs: SmolLM2, Llama 3)."""
+        """Read tokenizer.model (sentencepiece: Llama 1, 2, Vicuna; tiktoken's text: Meta's Llama 3) or tokenizer.json
+        (byte pairs: SmolLM2, Llama 3). Which of the two a tokenizer.model is, its first line tells."""
         dir = Path(dir)
         config = read_config(dir) if (dir / "config.json").is_file() else {}
         config = config.get("llm", config)                                           # in a VLM's folder
-        if (dir / "tokenizer.model").is_file():
-            return cls(dir / "tokenizer.model", *_sentencepiece(dir / "tokenizer.model", config))
+        if (file := dir / "tokenizer.model").is_file():
+            read = _tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read_bytes()[:200]) else _sentencepiece
+            return cls(file, *read(file, config))
         if (dir / "tokenizer.json").is_file():
             return cls(dir / "tokenizer.json", *_byte_level(dir / "tokenizer.json", config))
         raise UserError(f"{dir}: no tokenizer here (looked for tokenizer.model and tokenizer.json)")
@@ -388,8 +423,7 @@ def _sentencepiece(path: Path, config: dict):
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as e:
-        raise UserError(f"{path}: not a sentencepiece model. (Llama 3's tiktoken format is not read yet: use a folder "
-                        "with tokenizer.json.)") from e
+        raise UserError(f"{path}: neither a sentencepiece model nor tiktoken's text") from e
     n, newline = sp.vocab_size(), sp.encode("\n")
     if sp.eos_id() < 0 or not any(sp.is_byte(id) for id in range(n)):
         raise UserError(f"{path}: needs an eos token and byte fallback, as Llama's tokenizer has")
@@ -412,6 +446,26 @@ def _sentencepiece(path: Path, config: dict):
         byte = bytes([int(piece[1:-1], 16)]) if sp.is_byte(id) else None             # "<0x0A>" stands for one byte
         pieces.append(None if control else byte or piece.replace("▁", " ").encode())
     return encode, pieces, sp.bos_id() if sp.bos_id() >= 0 else None, eos_ids, True
+
+
+# Llama 3's 256 control tokens stand behind the byte pairs; these are the ones that matter here, by their place.
+LLAMA3_BOS, LLAMA3_EOS = 0, (1, 8, 9)        # <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>
+
+
+def _tiktoken(path: Path, config: dict):
+    """Meta's Llama 3: a tokenizer.model of lines "base64 rank", which is what tiktoken itself takes."""
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (ValueError, binascii.Error) as e:
+        raise UserError(f"{path}: not tiktoken's format, lines of a base64 token and its rank ({e})") from None
+    n = len(lines)
+    if sorted(ranks.values()) != list(range(n)) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path}: its {n} ranks should be 0 to {n - 1}, and every single byte should have one")
+    bpe = tiktoken.Encoding(path.name, pat_str=LLAMA3, special_tokens={}, mergeable_ranks=ranks)
+    pieces = sorted(ranks, key=ranks.get) + [None] * 256
+    eos_ids = {n + place for place in LLAMA3_EOS} | set(_ids(config, "eos_token_id"))
+    return (lambda text, continues: bpe.encode_ordinary(text)), pieces, n + LLAMA3_BOS, eos_ids, False
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -86,8 +86,10 @@ def get_lr(step, steps, peak, warmup):
 def build(args, device):
     """The model before this stage, in float32, and its tokenizer."""
     if args.stage == 1:
-        base = toy.OUT
-        vision, llm = Path(args.vision or base / "clip"), Path(args.llm or base / "llama")
+        vision, llm = Path(args.vision or toy.OUT / "clip"), Path(args.llm or toy.OUT / "llama")
+        if not (args.vision and args.llm) and not (vision / "config.json").is_file():
+            raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
+                            "or give --vision and --llm")
         tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm)
         config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
                             n_layers=tower.config.num_hidden_layers, norm=args.norm,

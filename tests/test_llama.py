@@ -3,6 +3,7 @@
 Environment: NANOCCRA_SMOLLM2, a folder with SmolLM2-135M in the Hugging Face layout, and NANOCCRA_LLAMA2_TOKENIZER, the
 path of Llama 2's tokenizer.model. Tests that need them are skipped where they are not set.
 """
+import base64
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import sentencepiece
 import torch
 
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, rope, rotate
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
 from weights import SINGLE, Tensors, UserError, save
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
@@ -74,6 +75,23 @@ def test_rope_against_complex_numbers():
     torch.testing.assert_close(rotate(x, cos, sin), torch.cat((y.real, y.imag), -1), atol=1e-3, rtol=0)
     few = (positions <= 7).double()[:, None, :, None]                       # float32 angles: exact while they are small
     torch.testing.assert_close(rotate(x, cos, sin) * few, torch.cat((y.real, y.imag), -1) * few, atol=5e-6, rtol=0)
+
+
+def llama3_scaling(factor):
+    return dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize("hd, factor, kept, blended, slowed, first, golden", [
+    (128, 8.0, 29, 6, 29, 28, [3.21145e-3, 2.16657e-3, 1.37189e-3, 8.56751e-4]),       # Llama-3.1-8B
+    (64, 32.0, 15, 3, 14, 15, [1.29055e-3, 4.29557e-4, 9.70829e-5])])                  # Llama-3.2-1B
+def test_llama3_frequencies(hd, factor, kept, blended, slowed, first, golden):
+    config = LlamaConfig(**{**TINY.__dict__, "head_dim": hd, "rope_theta": 5e5, "rope_scaling": llama3_scaling(factor)})
+    before, after = frequencies(replace(config, rope_scaling=None), "cpu"), frequencies(config, "cpu")
+    ratio = before / after
+    assert [(ratio < 1.0001).sum(), ((ratio > 1.0001) & (ratio < factor * 0.9999)).sum(), (ratio > factor * 0.9999).sum()] \
+        == [kept, blended, slowed]
+    torch.testing.assert_close(after[first:first + len(golden)], torch.tensor(golden), rtol=1e-5, atol=0)
 
 
 def test_rope_keeps_float32_angles_in_a_bfloat16_model():
@@ -205,9 +223,10 @@ def hf_folder(config, dir):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     d = config.to_dict()
-    theta, _ = d.pop("rope_theta"), d.pop("architectures")
+    theta, scaling, _ = d.pop("rope_theta"), d.pop("rope_scaling"), d.pop("architectures")
+    rope_parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
     oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **d, rope_parameters={"rope_type": "default", "rope_theta": theta}, attn_implementation="eager"))
+        **d, rope_parameters=rope_parameters, attn_implementation="eager"))
     for p in oracle.parameters():
         p.data.copy_(torch.randn_like(p) * 0.3 + (p.ndim == 1))
     oracle.save_pretrained(dir)
@@ -229,6 +248,23 @@ def test_equals_transformers(name, tmp_path):
     generated = oracle.generate(ids, attention_mask=mask.long(), max_new_tokens=12, min_new_tokens=12, do_sample=False,
                                 eos_token_id=None, pad_token_id=0)
     assert torch.equal(generated[:, 9:], greedy_with_cache(net, ids, mask, 12))
+
+
+@pytest.mark.parametrize("factor, tied", [(8.0, False), (32.0, True)])
+def test_llama3_equals_transformers_over_1500_positions(factor, tied, tmp_path):
+    """Tiny Llama-3.1 and 3.2 configs; the old context is short, so that all three kinds of frequency matter."""
+    scaling = {**llama3_scaling(factor), "original_max_position_embeddings": 256}
+    config = replace(TINY, num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=5e5, rope_scaling=scaling,
+                     max_position_embeddings=2048)
+    oracle = hf_folder(config, tmp_path)
+    net = Llama.from_pretrained(tmp_path).requires_grad_(False)
+    assert net.config.rope_scaling == scaling and net.config.rope_theta == 5e5
+    ids = torch.randint(0, config.vocab_size, (1, 1500), generator=torch.Generator().manual_seed(0))
+    theirs = oracle(ids).logits
+    torch.testing.assert_close(net(ids), theirs, atol=1e-3, rtol=1e-3)
+    plain = Llama(replace(config, rope_scaling=None))
+    plain.load_state_dict(net.state_dict())
+    assert (plain(ids) - theirs).abs().max() > 0.1                                     # it matters
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -288,9 +324,11 @@ def test_strict_about_tensors(change, words, tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json: rope_scaling: low_freq_factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "linear"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}, "yarn"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "llama3"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "qwen2"}, "qwen2"), ({"model_type": None}, "model_type"),
     ({"quantization_config": {}}, "quantization_config"), ({"num_hidden_layers": None}, "num_hidden_layers"),
     ({"num_key_value_heads": 3}, "key/value heads"), ({"head_dim": 7}, "head_dim")])
@@ -379,9 +417,11 @@ def test_eos_of_the_config_counts(tiny_sp, tmp_path):
 def test_wrong_tokenizer_files(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
         Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(UserError, match="tokenizer.model: not a sentencepiece model.*tiktoken"):
-        Tokenizer.from_pretrained(tmp_path)
+    for content, words in ((b"IQ== 0\nIg== 1\n", "every single byte"), (b"IQ== 0\nIg== x\n", "not tiktoken's format"),
+                           (b"hello", "neither a sentencepiece model nor")):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            Tokenizer.from_pretrained(tmp_path)
     for fallback, words in ((False, "byte fallback"), (True, "changes line breaks")):
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -413,6 +453,36 @@ def test_llama2_tokenizer(tmp_path):
     assert tok.encode(" ASSISTANT:", continues=True) == [319, 1799, 9047, 13566, 29901]
     assert tok.encode("hi</s><s>") == [7251, 829, 29879, 5299, 29879, 29958]
     assert tok.decode(tok.encode("2") + [2]) == "2"
+
+
+GOLDEN3 = {"Hello world": [9906, 1917], " ": [220], "\n": [198],
+           "  12345 dogs\n\n\tdon't": [220, 220, 4513, 1774, 12875, 271, 2765, 263, 956],
+           "h\u00e9llo \u4e16\u754c \U0001f642": [71, 19010, 385, 127365, 28584]}
+
+
+def test_llama3_tokenizer(tmp_path):
+    path = os.environ.get("NANOCCRA_LLAMA3_TOKENIZER")
+    if not path:
+        pytest.skip("NANOCCRA_LLAMA3_TOKENIZER is not set (path to Llama 3's tokenizer.model, which is in the PyPI wheel "
+                    "llama-models)")
+    shutil.copy(path, tmp_path / "tokenizer.model")
+    tok = Tokenizer.from_pretrained(tmp_path)
+    assert (tok.vocab_size, tok.bos_id, tok.eos_ids) == (128256, 128000, {128001, 128008, 128009})
+    for text, ids in GOLDEN3.items():
+        assert tok.encode(text) == tok.encode(text, continues=True) == ids and tok.decode(ids) == text
+    typed = tok.encode("<|eot_id|><|begin_of_text|>", bos=True)
+    assert typed[0] == 128000 and max(typed[1:]) < 128000 and tok.decode(typed) == "<|eot_id|><|begin_of_text|>"
+
+
+def test_tiktoken_file(tmp_path):
+    """A small file in Meta's format: 256 bytes, then "he" and "hel", the lower rank merging first."""
+    tokens = [bytes([b]) for b in range(256)] + [b"he", b"hel", b" w"]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    tok = Tokenizer.from_pretrained(tmp_path)
+    assert tok.encode("hello w") == [257, 108, 111, 258] and tok.decode([257, 108, 111, 258]) == "hello w"
+    assert (tok.vocab_size, tok.bos_id, tok.eos_ids) == (259 + 256, 259, {260, 267, 268})
+    assert tok.decode([259, 257, 268]) == "hel"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
