@@ -1,9 +1,13 @@
 """Ask a picture a question.
 
-    python sample.py --image assets/scene.png --q "How many cats are there?"
+    python sample.py --image assets/scene.png --q "Where is the frog?"
+    python sample.py --image assets/scene.png --chat          several questions, with history
 
 The answer, and nothing else, goes to stdout as it is written; times go to stderr. The default model is the embedded one
 (toy.py), which knows a small world of drawn objects; --model takes any folder that train.py wrote.
+
+In a chat, "/image FILE" changes the picture and begins anew, "/new" begins anew, "/quit" or Ctrl-D ends it, and Ctrl-C
+stops an answer. A new question changes what CCRA reads from the picture, so every turn reads picture and history again.
 """
 import argparse
 import sys
@@ -19,10 +23,11 @@ from llama import Tokenizer
 from weights import UserError, pick_device, read_config, run
 
 
-def main(argv=None):
+def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--image", required=True, help="a picture file")
-    p.add_argument("--q", required=True, help="the question")
+    p.add_argument("--q", help="the question")
+    p.add_argument("--chat", action="store_true", help="several questions at a prompt (--q is the first)")
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
@@ -30,41 +35,101 @@ def main(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
     args = p.parse_args(argv)
+    if args.q is None and not args.chat:
+        raise UserError("nothing was asked: give --q \"...\" or --chat")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
-    started = time.perf_counter()
-    image = open_image(args.image)                          # before the model: a wrong path should fail at once
-    device = pick_device(args.device)
-    model = VLM.from_pretrained(args.model, dtype=torch.float32 if device.type == "cpu" else None, device=device).eval()
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    row = prompt([(args.q, None)], tokenizer)
-    batch = collate([dict(ids=row.ids, labels=row.labels, query=row.query,
-                          pixels=preprocess(image, model.vision.config.image_size, pad=True))])
-    batch = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-    if read_config(args.model).get("world") == "toy" and not toy.knows(image):
-        print(f"note: {toy.KNOWS}", file=sys.stderr)
-    stream(model, tokenizer, batch, args, started)
+    return args
 
 
-def stream(model, tokenizer, batch, args, started):
-    """Write the answer while it is being made, then the times. started: perf_counter when the program began."""
-    times = []
+class Asker:
+    """A model, its tokenizer, and how to draw answers: `ask` writes one answer to stdout and returns it."""
 
-    def ids():
-        generator = torch.Generator(batch["ids"].device).manual_seed(args.seed)
-        for token in model.generate(**batch, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                    top_p=args.top_p, eos_ids=tokenizer.eos_ids, generator=generator):
-            times.append(time.perf_counter())
-            yield int(token[0])
+    def __init__(self, args):
+        self.args, device = args, pick_device(args.device)
+        dtype = torch.float32 if device.type == "cpu" else None        # half precision is slow or absent on most CPUs
+        self.model = VLM.from_pretrained(args.model, dtype=dtype, device=device).eval()
+        self.tokenizer, self.device = Tokenizer.from_pretrained(args.model), device
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.toy = read_config(args.model).get("world") == "toy"
 
-    began = time.perf_counter()
-    for piece in tokenizer.stream(ids()):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    if times:
-        rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-        print(f"[first token after {times[0] - began:.3f} s ({times[0] - started:.2f} s with loading), "
-              f"{len(times)} tokens{rate}]", file=sys.stderr)
+    def look(self, path):
+        """A picture's pixels (3, size, size). Says so if the model can't know what is in it."""
+        image = open_image(path)
+        if self.toy and not toy.knows(image):
+            print(f"note: {toy.KNOWS}", file=sys.stderr)
+        return preprocess(image, self.model.vision.config.image_size, pad=True)
+
+    def ask(self, pixels, turns, started):
+        """turns as for data.prompt, the last one without an answer; started: perf_counter when waiting began."""
+        row, times, answer = prompt(turns, self.tokenizer), [], ""
+        batch = collate([dict(ids=row.ids, labels=row.labels, query=row.query, pixels=pixels)])
+        batch = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+
+        def ids():
+            how = {key: getattr(self.args, key) for key in ("max_new_tokens", "temperature", "top_p")}
+            for token in self.model.generate(**batch, **how, eos_ids=self.tokenizer.eos_ids, generator=self.generator):
+                times.append(time.perf_counter())
+                yield int(token[0])
+
+        began = time.perf_counter()
+        try:
+            for piece in self.tokenizer.stream(ids()):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            if not self.args.chat:
+                raise
+            print(" [stopped]", end="", file=sys.stderr)
+        print(flush=True)
+        if times:
+            rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
+            first, whole = times[0] - began, times[0] - started
+            print(f"[first token after {first:.3f} s ({whole:.2f} s with loading), {len(times)} tokens{rate}]",
+                  file=sys.stderr)
+        return answer
+
+
+def chat(asker: Asker, pixels):
+    """Questions from stdin until it ends. What goes wrong with one is said, and the next can be asked."""
+    turns, line = [], asker.args.q
+    while True:
+        try:
+            if line is None:
+                print("> ", end="", file=sys.stderr, flush=True)
+                line = input()
+        except EOFError:
+            return print(file=sys.stderr)
+        except KeyboardInterrupt:
+            line = None
+            print("\n(/quit or Ctrl-D ends)", file=sys.stderr)
+            continue
+        command, _, rest = line.strip().partition(" ")
+        line = None
+        try:
+            if command == "/quit":
+                return
+            elif command == "/image":
+                pixels, turns = asker.look(rest.strip()), []
+            elif command == "/new":
+                turns = []
+            elif command.startswith("/"):
+                raise UserError(f"{command} is unknown (choose /image FILE, /new, /quit)")
+            elif question := f"{command} {rest}".strip():
+                answer = asker.ask(pixels, turns + [(question, None)], time.perf_counter())
+                turns.append((question, answer or " "))
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+
+
+def main(argv=None):
+    started, args = time.perf_counter(), arguments(argv)
+    open_image(args.image)                                  # before the model: a wrong path should fail at once
+    asker = Asker(args)
+    pixels = asker.look(args.image)
+    if args.chat:
+        return chat(asker, pixels)
+    asker.ask(pixels, [(args.q, None)], started)
 
 
 if __name__ == "__main__":

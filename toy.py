@@ -207,8 +207,11 @@ def ask(scene: Scene, kind: str, rng: random.Random):
         absent = rng.random() < 0.15
         if not single and not absent:
             return None
-        thing = Thing("object", rng.choice([o for o in KINDS if o not in objects]), -1) if absent else rng.choice(single)
-        k, answer = thing.name, "nowhere" if absent else PLACES[thing.cell]
+        if absent:
+            k, answer = rng.choice([o for o in KINDS if o not in objects]), "nowhere"
+        else:
+            thing = rng.choice(single)
+            k, answer = thing.name, PLACES[thing.cell]
     elif kind == "left-of":
         pairs = [(a, b) for a in single for b in single if a.cell % 3 != b.cell % 3]
         if not pairs:
@@ -454,9 +457,9 @@ def text_rows(tokenizer, step, batch):
     """What the Llama learns to read in one step: [(ids, labels)].
 
     First repeated sequences of random names: to predict the second half is to find the earlier token and copy what
-    followed it, and that head is what every later question needs. Then scenes as text, as captions of grids ("plain", like
-    stage 1) or with a conversation ("v1"). They are small at first and grow: to find the asked thing among two is learnt in
-    fifty steps, and carries over to more; among eight at once it isn't learnt in a thousand.
+    followed it, and that head is what every later question needs. Then scenes as text, as captions of grids ("plain",
+    like stage 1) or with a conversation ("v1"). They are small at first and grow: what finds the asked thing among two
+    carries over to more.
     """
     rng = random.Random(f"text/{step}")
     if step < REPEATS:

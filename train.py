@@ -53,6 +53,9 @@ def arguments(argv=None):
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower (default: the embedded world's)")
     g.add_argument("--llm", help="stage 1: folder of the language model (default: the embedded world's)")
     g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
+    g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
+                   help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
+    g.add_argument("--train-vision", action="store_true", help="stage 2: train the vision tower, too (appendix B)")
     g.add_argument("--norm", choices=("joint", "stack", "token"), default="joint", help="LN of eq. 5 and 13 (README)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step")
@@ -66,6 +69,9 @@ def arguments(argv=None):
     g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
     args = p.parse_args(argv)
     args.world = "llava" if args.json else "toy"
+    args.mode = args.stage1_ccra if args.stage == 1 else "on"
+    if args.train_vision and args.stage == 1:
+        raise UserError("--train-vision belongs to --stage 2")
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
@@ -100,11 +106,16 @@ def build(args, device):
     return VLM.from_pretrained(folder, dtype=torch.float32, device=device), Tokenizer.from_pretrained(folder)
 
 
-def freeze(model: VLM, stage: int):
-    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns what is trained."""
+def freeze(model: VLM, stage: int, mode="on", train_vision=False):
+    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns what is trained.
+
+    mode is how CCRA runs: if it is on in stage 1, it is trained there as well. What no gradient reaches (an ablated
+    part) was frozen when the model was built and stays so; the tower's last norm, which nobody reads, joins it.
+    """
+    parts = ("projector.", "fuser.")[:1 + (mode == "on")] if stage == 1 else ("projector.", "fuser.", "llm.")
+    parts += ("vision.",) if train_vision else ()
     for name, p in model.named_parameters():
-        frozen_part = name.startswith("vision.") or stage == 1 and not name.startswith("projector.")
-        p.requires_grad_(p.requires_grad and not frozen_part)
+        p.requires_grad_(p.requires_grad and name.startswith(parts) and not name.startswith("vision.post_layernorm"))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -145,7 +156,7 @@ def resume(path: Path, trained, optimizer, device):
     return state["step"]
 
 
-def train_step(model, batches, device, dtype, stage):
+def train_step(model, batches, device, dtype, mode="on"):
     """Forward and backward of one global batch, given in pieces. Returns the mean loss of a supervised token, and how
     many tokens of text the batch has."""
     supervised = sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches)
@@ -153,7 +164,7 @@ def train_step(model, batches, device, dtype, stage):
     for batch in batches:
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(**batch, mode="off" if stage == 1 else "on") / max(1, supervised)
+            loss = model(**batch, mode=mode) / max(1, supervised)
         loss.backward()
         total += loss.item()
     return total, sum(int(b["mask"].sum()) for b in batches)
@@ -197,7 +208,7 @@ def loop(args, model, trained, optimizer, dataset, steps, start, device, dtype):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             pieces = [next(batches) for _ in split(rows, args.micro)]
-            loss, tokens = train_step(model, pieces, device, dtype, args.stage)
+            loss, tokens = train_step(model, pieces, device, dtype, args.mode)
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 ids = ", ".join(dataset.record_id(i) for i in rows[:8])
@@ -227,7 +238,7 @@ def main(argv=None):
     model, tokenizer = build(args, device)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
     steps = args.steps or math.ceil(len(dataset) / args.batch)
-    trained = freeze(model, args.stage)
+    trained = freeze(model, args.stage, args.mode, args.train_vision)
     # LLaVA's AdamW: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     start = resume(args.out / "checkpoint.pt", trained, optimizer, device)

@@ -40,6 +40,18 @@ def test_it_answers_from_another_directory_too(tmp_path):
     assert "first token after" in run.stderr and "note:" not in run.stderr
 
 
+def test_chat(tmp_path):
+    """Several turns at the prompt; a mistake is said and the chat goes on; each answer is a line of stdout."""
+    toy.draw(toy.make_scene("test/85")).save(tmp_path / "other.png")
+    lines = ["How many frogs are there?", "/image nowhere.png", "/what", "", f"/image {tmp_path / 'other.png'}",
+             "What word is printed?", "/new", "What word is printed?", "/quit", "never asked"]
+    run = sample("--image", SCENE, "--chat", "--q", "Is there an owl?", input="\n".join(lines) + "\n")
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+    assert len(run.stdout.splitlines()) == 4 and run.stderr.count("first token after") == 4
+    assert "error: nowhere.png" in run.stderr and "error: /what is unknown" in run.stderr
+    refused(sample("--image", SCENE), "--q")
+
+
 def test_a_picture_of_another_world(tmp_path):
     Image.new("RGB", (300, 200), (10, 80, 30)).save(tmp_path / "x.jpg")
     run = sample("--image", tmp_path / "x.jpg", "--q", "What is this?")

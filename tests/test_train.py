@@ -68,6 +68,17 @@ def test_stage_2_leaves_the_vision_tower_alone(stage1, tmp_path):
     assert rows[0].startswith("step,loss,lr") and [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3"]
 
 
+def test_other_recipes_touch_what_they_say(towers, stage1, tmp_path):
+    stage_1 = ["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"), "--steps", "2", "--batch", "2"]
+    for mode, parts in (("neutral", {"projector"}), ("on", {"projector", "fuser"})):
+        train.main([*stage_1, "--stage1-ccra", mode, "--out", str(tmp_path / mode)])
+        assert changed(parameters(stage1), parameters(tmp_path / mode)) == parts
+    train.main(["--stage", "2", "--model", str(stage1), "--train-vision", "--out", str(tmp_path / "v"), "--steps", "2", "--batch", "2"])
+    assert changed(parameters(stage1), parameters(tmp_path / "v")) == {"projector", "fuser", "llm", "vision"}
+    with pytest.raises(UserError, match="--stage 2"):
+        train.main([*stage_1, "--train-vision"])
+
+
 def test_train_6_is_train_3_stop_resume(stage1, tmp_path):
     """In processes of their own, as a user would: nothing survives but the files."""
     def command(out, *more):
@@ -101,7 +112,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
     for micro in (8, 4, 1):
         model.zero_grad()
         batches = [data.collate(rows) for rows in train.split(samples, micro)]
-        loss, _ = train.train_step(model, batches, torch.device("cpu"), torch.float32, 2)
+        loss, _ = train.train_step(model, batches, torch.device("cpu"), torch.float32)
         results.append((loss, {name: p.grad.clone() for name, p in trained.items()}))
     for loss, grads in results[1:]:
         assert abs(loss - results[0][0]) < 1e-5 * loss
@@ -112,7 +123,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
     # a mean of micro-batch means, which LLaVA takes, is another thing: the test above can fail
     model.zero_grad()
     for rows in train.split(samples, 1):
-        train.train_step(model, [data.collate(rows)], torch.device("cpu"), torch.float32, 2)
+        train.train_step(model, [data.collate(rows)], torch.device("cpu"), torch.float32)
     other = trained["projector.0.weight"].grad / 8
     assert (other - results[0][1]["projector.0.weight"]).norm() > 0.01 * other.norm()
 
