@@ -2,25 +2,28 @@
 
     python train.py --stage 1          the projector alone learns to turn pictures into "words" (captions)
     python train.py --stage 2          projector, CCRA and language model learn to answer questions
+    torchrun --nproc_per_node=8 train.py --stage 2          the same on eight GPUs (DDP), with the same global batch
 
 Without further flags this is the embedded world (toy.py) on whatever this machine has. With --json and --images it is
 LLaVA's data, with --vision and --llm any public towers.
 
 The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch
-into micro-batches (--micro) changes no gradient. (LLaVA averages the means of micro-batches, which gives a token of a
-short answer more weight.)
+into micro-batches (--micro), or sharing it out among processes, changes no gradient. (LLaVA averages the means of
+micro-batches, which gives a token of a short answer more weight.)
 A run that was stopped goes on where it was, bit for bit, when the same command is given again.
 """
 import argparse
 import csv
-import json
 import math
 import os
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import toy
@@ -59,7 +62,7 @@ def arguments(argv=None):
     g.add_argument("--norm", choices=("joint", "stack", "token"), default="joint", help="LN of eq. 5 and 13 (README)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step")
-    g.add_argument("--micro", type=int, help="samples in a forward pass; the rest is accumulation (default: --batch)")
+    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: all of its share)")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--steps", type=int, help="steps in all (default: one epoch)")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warms up")
@@ -75,10 +78,36 @@ def arguments(argv=None):
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
-    args.micro = min(args.micro or args.batch, args.batch)
+    args.micro = args.micro or args.batch
     args.workers = (0 if args.world == "toy" else 4) if args.workers is None else args.workers
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
+
+
+def join(args):
+    """(rank, number of processes, device): those that torchrun started, or this process alone."""
+    rank, size, local = (int(os.environ.get(key, default)) for key, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(args.device)
+    if size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        else:          # torchrun allows each process one thread; share the cores out instead
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return rank, size, device
+
+
+def total(x: float, device) -> float:
+    """The sum of a number over all processes."""
+    if not dist.is_initialized():
+        return x
+    x = torch.tensor(x, dtype=torch.float64, device=device)
+    dist.all_reduce(x)
+    return x.item()
 
 
 def get_lr(step, steps, peak, warmup):
@@ -133,21 +162,37 @@ def split(rows, micro):
     return [rows[i:i + micro] for i in range(0, len(rows), micro)]
 
 
-def save_checkpoint(path: Path, step, trained, optimizer):
+def pieces(rows, rank, size, micro):
+    """This process's share of a step's samples, in micro-batches. If there are fewer samples than processes, some
+    process has none: it takes the first, which `train_step` is told not to count."""
+    return split(rows[rank::size] or rows[:1], micro)
+
+
+def settings(args, steps, n):
+    """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
+    return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
+                seed=args.seed, max_length=args.max_length, mode=args.mode)
+
+
+def save_checkpoint(path: Path, step, trained, optimizer, course):
     """What a resume needs, beside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
     state = dict(step=step, trained={k: p.detach() for k, p in trained.items()}, optimizer=optimizer.state_dict(),
-                 rng=torch.get_rng_state())
+                 rng=torch.get_rng_state(), settings=course)
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-def resume(path: Path, trained, optimizer, device):
-    """The step to go on from (0 when there is no checkpoint). A checkpoint of another model is an error."""
+def resume(path: Path, trained, optimizer, course, device):
+    """The step to go on from (0 when there is no checkpoint). A checkpoint of another run is an error."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location=device, weights_only=True)
     if {k: p.shape for k, p in state["trained"].items()} != {k: p.shape for k, p in trained.items()}:
         raise UserError(f"{path} belongs to another model; remove it or choose another --out")
+    for key, value in course.items():
+        if state["settings"].get(key) != value:
+            raise UserError(f"{path} is of a run with {key} {state['settings'].get(key)}, not {value}; remove it or "
+                            "choose another --out")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(state["trained"][name])
@@ -156,106 +201,129 @@ def resume(path: Path, trained, optimizer, device):
     return state["step"]
 
 
-def train_step(model, batches, device, dtype, mode="on"):
-    """Forward and backward of one global batch, given in pieces. Returns the mean loss of a supervised token, and how
-    many tokens of text the batch has."""
-    supervised = sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches)
-    total = 0.0
-    for batch in batches:
+def train_step(model, batches, device, dtype, mode="on", counts=True):
+    """Forward and backward of one global batch, given as this process's micro-batches.
+
+    counts: False if this process only keeps the others company. Returns, over all processes, the mean loss of a
+    supervised token, and how many tokens of text the batch has.
+    """
+    for batch in () if counts else batches:
+        batch["labels"].fill_(data.IGNORE)
+    supervised = total(sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches), device)
+    size, loss_sum = dist.get_world_size() if dist.is_initialized() else 1, 0.0
+    for i, batch in enumerate(batches, 1):
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(**batch, mode=mode) / max(1, supervised)
-        loss.backward()
-        total += loss.item()
-    return total, sum(int(b["mask"].sum()) for b in batches)
+        # DDP averages gradients over processes at the end of a backward; earlier micro-batches only add to theirs
+        quiet = model.no_sync() if i < len(batches) and size > 1 else nullcontext()
+        with quiet:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(**batch, mode=mode) / max(1, supervised)
+            (loss * size).backward()
+        loss_sum += loss.item()
+    return total(loss_sum, device), total(sum(int(b["mask"].sum()) for b in batches), device)
 
 
-def open_dataset(args, tokenizer, size):
+def collate(samples, max_length, picture_rows):
+    return data.collate([data.cut(sample, max_length, picture_rows) for sample in samples])
+
+
+def take(batches):
+    """The next batch. What a reading process has to say comes as its whole traceback, of which the last line counts."""
+    try:
+        return next(batches)
+    except UserError as e:
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix("weights.UserError: ")) from None
+
+
+def open_dataset(args, tokenizer, size, say):
     """What is trained on: a LLaVA json, checked as a whole before the first step, or the embedded world."""
     if args.world == "llava":
         template = "plain" if args.stage == 1 else "v1"
-        return data.load(args.json, args.images, tokenizer, template, size)
+        return data.load(args.json, args.images, tokenizer, template, size, say=say)
     n = (args.steps or TOY_STEPS[args.stage]) * args.batch
     return toy.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
 
 
-def describe(args, model, trained, dataset, steps, start, device, dtype):
+def describe(args, model, trained, course, start, size, device, dtype):
     count = lambda parameters: sum(p.numel() for p in parameters)
-    pieces = f" ({args.micro} at a time)" if args.micro < args.batch else ""
-    resumed = f", going on after step {start}" if start else ""
-    print(f"stage {args.stage} on {device} in {dtype}: {count(trained.values()):,} of {count(model.parameters()):,} "
-          f"parameters trained, {len(dataset):,} samples, {steps} steps of {args.batch}{pieces}{resumed}", flush=True)
+    share = math.ceil(args.batch / size)
+    how = [f"{size} processes"] * (size > 1) + [f"{args.micro} samples at a time"] * (args.micro < share)
+    return (f"stage {args.stage} on {device} in {dtype}: {count(trained.values()):,} of {count(model.parameters()):,} "
+            f"parameters trained, {course['samples']:,} samples, {course['steps']} steps of {args.batch}"
+            + (f" ({', '.join(how)})" if how else "") + (f", going on after step {start}" if start else ""))
 
 
-def loop(args, model, trained, optimizer, dataset, steps, start, device, dtype):
+def loop(args, model, trained, optimizer, dataset, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after ended it."""
+    steps, vlm = course["steps"], model.module if size > 1 else model
     plan = list(order(len(dataset), steps, args.batch, args.seed))[start:]
-    micro = [rows for batch in plan for rows in split(batch, args.micro)]
-    picture_rows = model.vision.grid ** 2
-
-    def collate(samples):
-        return data.collate([data.cut(sample, args.max_length, picture_rows) for sample in samples])
-
-    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=micro, num_workers=args.workers,
-                                               collate_fn=collate))
-    file, rows_before = args.out / "log.csv", read_log(args.out / "log.csv", start)
-    began = time.perf_counter()
-    with open(file, "w", newline="") as f:
-        log = csv.writer(f)
-        log.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"]] + rows_before)
-        for step, rows in enumerate(plan, start):
-            tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            pieces = [next(batches) for _ in split(rows, args.micro)]
-            loss, tokens = train_step(model, pieces, device, dtype, args.mode)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                ids = ", ".join(dataset.record_id(i) for i in rows[:8])
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; not updated; samples {ids}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            now = time.perf_counter()
-            speed, eta = tokens / (now - tic), (now - began) / (step + 1 - start) * (steps - step - 1)
-            print(f"step {step + 1}/{steps} {100 * (step + 1) / steps:.1f}% loss {loss:.4f} lr {lr:.2e} "
-                  f"norm {norm:.2f} {speed:,.0f} tokens/s eta {eta / 60:.1f} min", flush=True)
-            log.writerow([step + 1, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{speed:.0f}"])
-            stop = step + 1 == args.stop_after
+    mine = [pieces(rows, rank, size, args.micro) for rows in plan]
+    batches = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=sum(mine, []), num_workers=args.workers,
+        collate_fn=partial(collate, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
+    log, began = Log(args.out / "log.csv", start, steps) if rank == 0 else None, time.perf_counter()
+    for step, (rows, share) in enumerate(zip(plan, mine), start):
+        tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, tokens = train_step(model, [take(batches) for _ in share], device, dtype, args.mode, rank < len(rows))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):        # the same on all processes
+            ids = ", ".join(dataset.record_id(i) for i in rows[:8])
+            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; not updated; samples {ids}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        now, stop = time.perf_counter(), step + 1 == args.stop_after
+        if rank == 0:
+            log.row(step + 1, loss, lr, norm, tokens / (now - tic), (now - began) / (step + 1 - start))
             if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
-                f.flush()
-                save_checkpoint(args.out / "checkpoint.pt", step + 1, trained, optimizer)
-            if stop:
-                return False
+                save_checkpoint(args.out / "checkpoint.pt", step + 1, trained, optimizer, course)
+        if stop:
+            return False
     return True
+
+
+class Log:
+    """One line a step on stdout, and the same in log.csv, which a resumed run continues."""
+
+    def __init__(self, path: Path, start, steps):
+        before = path.read_text().splitlines() if start and path.exists() else []
+        self.file, self.steps = open(path, "w", newline=""), steps
+        self.csv = csv.writer(self.file)
+        # what an interrupted run logged after its last checkpoint is done again
+        rows = [row for row in csv.reader(before) if row and row[0].isdecimal() and int(row[0]) <= start]
+        self.csv.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"], *rows])
+
+    def row(self, step, loss, lr, norm, speed, each):
+        print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
+              f"{speed:,.0f} tokens/s eta {each * (self.steps - step) / 60:.1f} min", flush=True)
+        self.csv.writerow([step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{speed:.0f}"])
+        self.file.flush()
 
 
 def main(argv=None):
     args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
+    rank, size, device = join(args)
+    say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype = autocast_dtype(device)
     model, tokenizer = build(args, device)
-    dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
-    steps = args.steps or math.ceil(len(dataset) / args.batch)
+    dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
+    course = settings(args, args.steps or math.ceil(len(dataset) / args.batch), len(dataset))
     trained = freeze(model, args.stage, args.mode, args.train_vision)
     # LLaVA's AdamW: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    start = resume(args.out / "checkpoint.pt", trained, optimizer, device)
-    describe(args, model, trained, dataset, steps, start, device, dtype)
+    start = resume(args.out / "checkpoint.pt", trained, optimizer, course, device)
+    say(describe(args, model, trained, course, start, size, device, dtype))
     args.out.mkdir(parents=True, exist_ok=True)
-    if not loop(args, model, trained, optimizer, dataset, steps, start, device, dtype):
-        return print(f"stopped after step {args.stop_after}; the same command without --stop-after goes on")
-    model.save_pretrained(args.out, tokenizer_file=tokenizer.file)
-    print(f"model written to {args.out}")
-
-
-def read_log(path: Path, start):
-    """Rows of an earlier run up to the step that its checkpoint holds (what it logged after that is done again)."""
-    if not start or not path.exists():
-        return []
-    with open(path, newline="") as f:
-        return [row for row in csv.reader(f) if row and row[0].isdecimal() and int(row[0]) <= start]
+    wrapped = DistributedDataParallel(model) if size > 1 else model
+    finished = loop(args, wrapped, trained, optimizer, dataset, course, start, rank, size, device, dtype)
+    if finished and rank == 0:
+        model.save_pretrained(args.out, tokenizer_file=tokenizer.file)
+    say(f"model written to {args.out}" if finished else
+        f"stopped after step {args.stop_after}; the same command without --stop-after goes on")
+    if size > 1:
+        dist.barrier()          # whoever leaves while others still talk takes them down with it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

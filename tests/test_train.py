@@ -96,18 +96,21 @@ def test_train_6_is_train_3_stop_resume(stage1, tmp_path):
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
 
 
-def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
-    """8 samples with answers of very different lengths as 1 x 8, 2 x 4 and 8 x 1 (float32, relative 1e-5)."""
-    model = VLM.from_pretrained(stage1, dtype=torch.float32)
-    tokenizer = Tokenizer.from_pretrained(stage1)
-    trained = train.freeze(model, 2)
+def uneven_samples(tokenizer):
+    """8 samples, two of them text only, with answers of 1 to 43 words."""
     samples = []
     for i in range(8):
-        scene = toy.make_scene(f"cut/{i}")
-        image = "x" if i % 4 else ""                       # two of them are text only
+        scene, image = toy.make_scene(f"cut/{i}"), "x" if i % 4 else ""
         sample = data.render(toy.record([("Describe.", "yes " * (1 + 6 * i))], image=image), tokenizer, "v1")
         pixels = data.preprocess(toy.draw(scene), 32, pad=True) if image else torch.zeros(3, 32, 32)
         samples.append(dict(ids=sample.ids, labels=sample.labels, query=sample.query, pixels=pixels))
+    return samples
+
+
+def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
+    """8 samples with answers of very different lengths as 1 x 8, 2 x 4 and 8 x 1 (float32, relative 1e-5)."""
+    model = VLM.from_pretrained(stage1, dtype=torch.float32)
+    trained, samples = train.freeze(model, 2), uneven_samples(Tokenizer.from_pretrained(stage1))
     results = []
     for micro in (8, 4, 1):
         model.zero_grad()
@@ -167,6 +170,93 @@ def test_a_llava_json_trains(stage1, tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused(stage1, tmp_path):
+    command = ["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--batch", "2"]
+    train.main([*command, "--steps", "2", "--stop-after", "1"])
+    with pytest.raises(UserError, match="a run with steps 2, not 3"):
+        train.main([*command, "--steps", "3"])
     torch.save(dict(step=1, trained={"x": torch.zeros(2)}, optimizer={}, rng=torch.get_rng_state()), tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="another model"):
-        train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--steps", "1", "--batch", "2"])
+        train.main([*command, "--steps", "2"])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A LLaVA json that mixes text-only and picture samples with answers of very different lengths; 22 records."""
+    folder = tmp_path_factory.mktemp("mixed")
+    records = []
+    for i in range(22):
+        said = [{"from": "human", "value": "Describe."}, {"from": "gpt", "value": "yes " * (1 + 3 * (i % 7))}]
+        if i % 3:
+            toy.draw(toy.make_scene(f"mixed/{i}")).save(folder / f"{i}.png")
+            said[0]["value"] = "<image>\n" + said[0]["value"]
+        records.append({"id": i, "conversations": said, **({"image": f"{i}.png"} if i % 3 else {})})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def go(stage1, mixed, out, *more, processes=1):
+    """20 float32 steps in a process of their own, or in several; then log.csv as rows of step, loss, lr, norm."""
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
+    command = [sys.executable, *launch, str(ROOT / "train.py"), "--stage", "2", "--model", str(stage1), "--device", "cpu",
+               "--json", str(mixed / "data.json"), "--images", str(mixed), "--out", str(out), "--steps", "20",
+               "--batch", "7", "--threads", "1", "--lr", "1e-3", "--workers", "0", *more]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [[float(x) for x in row.split(",")[:4]] for row in (out / "log.csv").read_text().splitlines()[1:]]
+
+
+def same_curve(one, other):
+    assert len(one) == len(other) == 20 and one[-1][1] < one[0][1]
+    for a, b in zip(one, other):
+        assert a[0] == b[0] and a[2] == b[2]
+        assert abs(a[1] - b[1]) < 1e-4 * a[1] and abs(a[3] - b[3]) < 1e-3 * a[3] + 1e-4, (a, b)
+
+
+def test_processes_and_accumulation_give_one_loss_curve(stage1, mixed, tmp_path):
+    """1 process, 2 processes (DDP), and both with accumulation. 22 samples in batches of 7: an epoch ends with one."""
+    one = go(stage1, mixed, tmp_path / "one")
+    for name, more, processes in (("cut", ["--micro", "2"], 1), ("two", [], 2), ("both", ["--micro", "2"], 2)):
+        same_curve(one, go(stage1, mixed, tmp_path / name, *more, processes=processes))
+        ours, theirs = parameters(tmp_path / "one"), parameters(tmp_path / name)
+        assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in ours)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(stage1, mixed, tmp_path):
+    one = go(stage1, mixed, tmp_path / "one")
+    assert len(go(stage1, mixed, tmp_path / "two", "--stop-after", "9")) == 9
+    assert not (tmp_path / "two" / "model.safetensors").exists()
+    same_curve(one, go(stage1, mixed, tmp_path / "two", processes=2))
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import data, train
+from ccra import VLM
+from torch.nn.parallel import DistributedDataParallel
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+model = VLM.from_pretrained({model!r}, dtype=torch.float32)
+trained = train.freeze(model, 2)
+samples = torch.load({samples!r}, weights_only=True)
+share = train.pieces(samples, dist.get_rank(), 2, 2)
+train.train_step(DistributedDataParallel(model), [data.collate(rows) for rows in share], torch.device("cpu"), torch.float32)
+if dist.get_rank() == 0:
+    torch.save({{name: p.grad for name, p in trained.items()}}, {out!r})
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(stage1, tmp_path):
+    """DDP with accumulation against one process at once: relative 1e-5, text-only samples among the others."""
+    model = VLM.from_pretrained(stage1, dtype=torch.float32)
+    trained, samples = train.freeze(model, 2), uneven_samples(Tokenizer.from_pretrained(stage1))[:7]
+    train.train_step(model, [data.collate(samples)], torch.device("cpu"), torch.float32)
+    torch.save(samples, tmp_path / "samples.pt")
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), model=str(stage1), samples=str(tmp_path / "samples.pt"),
+                                                      out=str(tmp_path / "grads.pt")))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                    str(tmp_path / "worker.py")], check=True, capture_output=True, timeout=300)
+    for name, grad in torch.load(tmp_path / "grads.pt", weights_only=True).items():
+        assert (grad - trained[name].grad).norm() <= 1e-5 * trained[name].grad.norm() + 1e-12, name
