@@ -380,6 +380,8 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
         start = state["step"]
+    rows = log.read_text().splitlines() if start else []           # what was logged after the checkpoint is done again
+    log.write_text("".join(f"{row}\n" for row in rows if int(row.split(",")[0]) <= start))
     began = time.perf_counter()
     for step in range(start, steps):
         rate = min(1, (step + 1) / 50, (steps - step) / (steps / 4))
@@ -533,6 +535,9 @@ def ship(args):
     tensors = {name: tensor.half() for name, tensor in Tensors(source).items()}
     save(MODEL, tensors, {**read_config(source), "world": "toy"})
     shutil.copyfile(source / "tokenizer.model", MODEL / "tokenizer.model")
+    for log in ("clip.csv", "llama.csv", "stage1/log.csv", "stage2/log.csv"):       # how it was trained
+        (MODEL / "logs").mkdir(exist_ok=True)
+        shutil.copyfile(OUT / log, MODEL / "logs" / log.replace("/log", ""))
     draw(make_scene(SCENE)).save(ASSETS / "scene.png")
     size = sum(f.stat().st_size for f in MODEL.iterdir())
     print(f"{MODEL}: {size / 1e6:.1f} MB")
