@@ -114,11 +114,13 @@ def problems(record, where: str = "record", template: str = "v1") -> str | None:
 
 @dataclass
 class Sample:
-    """One row for the language model. `spans` says where in ids the turns' queries stand (nowhere, in stage 1)."""
+    """One row for the language model. `spans` says where in ids the turns' queries stand (nowhere, in stage 1), `ends`
+    where their answers end."""
     ids: list[int] = field(default_factory=list)                    # IMAGE_TOKEN once where the picture goes
     labels: list[int] = field(default_factory=list)                 # as many: the id itself, or IGNORE
     turns: list[list[int]] = field(default_factory=list)            # the query, one list for each human turn
     spans: list[tuple[int, int]] = field(default_factory=list)      # turns[i] == ids[start:stop]
+    ends: list[int] = field(default_factory=list)                   # ids[:ends[i]] is the conversation up to answer i
 
     @property
     def query(self) -> list[int]:
@@ -176,6 +178,7 @@ def plain(question: str, caption: str, tokenizer: Tokenizer) -> Sample:
     sample = Sample(turns=[tokenizer.encode(question.strip(), continues=True)])
     sample.write(start(tokenizer) + [IMAGE_TOKEN])
     sample.write(tokenizer.encode(caption + "\n"), learn=True)
+    sample.ends.append(len(sample.ids))
     return sample
 
 
@@ -208,6 +211,7 @@ def v1(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Toke
             # The space is in the answer's first token ("▁A"), or is one (before a digit), for the model to predict.
             # Of several ends the lowest: Llama 3's <|end_of_text|>.
             sample.write((text(" " + answer) if answer else []) + [min(tokenizer.eos_ids)], learn=True)
+            sample.ends.append(len(sample.ids))
     return sample
 
 
@@ -221,7 +225,7 @@ def start(tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(eq=False, repr=False)      # neither should walk through 665,298 records
 class LlavaJson:
-    """A LLaVA json and its pictures as a list: item i is dict(pixels, ids, labels, query). `load` makes it.
+    """A LLaVA json and its pictures as a list of `item`s. `load` makes it.
 
     pixels (3, size, size) float32: zeros for a record without a picture, so that all samples take the same way through
     the model. `pad`: make a picture square by padding (True) or by cropping its long side (False).
@@ -258,8 +262,7 @@ class LlavaJson:
         return preprocess(image, self.size, self.pad)                                # (3, size, size)
 
     def __getitem__(self, i: int) -> dict:
-        sample = self.sample(i)
-        return dict(pixels=self.pixels(i), ids=sample.ids, labels=sample.labels, query=sample.query)
+        return item(self.sample(i), self.pixels(i))
 
 
 def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size: int = 336, pad: bool | None = None,
@@ -308,6 +311,40 @@ def read_records(file: Path) -> list:
     if not isinstance(records, list) or not records:
         raise UserError(f"{file} is not LLaVA's format: it should be a list of records")
     return records
+
+
+QUERIES = ("all", "sofar", "first")
+
+
+def item(sample: Sample, pixels: Tensor) -> dict:
+    """What a data set yields: dict(pixels, ids, labels, query, turns, ends), `query` being that of all turns."""
+    return dict(pixels=pixels, ids=sample.ids, labels=sample.labels, query=sample.query, turns=sample.turns,
+                ends=sample.ends)
+
+
+def query_of(turns: list[list[int]], which: str) -> list[int]:
+    """The query of a conversation so far, which is all there is of it: its first turn, or all of them."""
+    return turns[0] if which == "first" else [token for turn in turns for token in turn]
+
+
+def by_query(sample: dict, which: str) -> list[dict]:
+    """The rows to train on when the picture is to be read with `which` questions.
+
+    all: those of the whole conversation, later ones too, as one row (at inference there are only those so far: a
+    mismatch). first: the first one, one row. sofar: what inference does; the picture's features then change from turn
+    to turn, so every turn becomes a row of its own, which learns its answer and has the earlier turns as its past. A
+    conversation of one turn gives the same row in all three.
+    """
+    if which == "all":
+        return [sample]
+    if which == "first":
+        return [{**sample, "query": query_of(sample["turns"], which)}]
+    rows, begin = [], 0
+    for i, end in enumerate(sample["ends"]):
+        labels = [IGNORE] * begin + sample["labels"][begin:end]
+        rows.append({**sample, "ids": sample["ids"][:end], "labels": labels, "query": sum(sample["turns"][:i + 1], [])})
+        begin = end
+    return rows
 
 
 def cut(sample: dict, max_length: int, picture_rows: int) -> dict:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import toy
 from ccra import VLM
 from clip import preprocess
-from data import collate, prompt
+from data import collate, prompt, query_of
 from llama import Tokenizer
 from weights import pick_device, run
 
@@ -29,7 +29,7 @@ def answers(model: VLM, tokenizer: Tokenizer, questions, batch: int, max_new_tok
     texts, size = [""] * len(rows), model.vision.config.image_size
     for at in tqdm(range(0, len(rows), batch), desc="answering", unit="batch", file=sys.stderr):
         chosen = by_length[at:at + batch]
-        b = collate([dict(ids=rows[i].ids, labels=rows[i].labels, query=rows[i].query,
+        b = collate([dict(ids=rows[i].ids, labels=rows[i].labels, query=query_of(rows[i].turns, model.query),
                           pixels=preprocess(questions[i][0], size, pad=True)) for i in chosen])
         b = {k: v.to(device) for k, v in b.items() if k != "labels"}
         steps = list(model.generate(**b, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids))

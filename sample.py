@@ -18,7 +18,7 @@ import torch
 import toy
 from ccra import VLM
 from clip import open_image, preprocess
-from data import collate, prompt
+from data import collate, prompt, query_of
 from llama import Tokenizer
 from weights import UserError, pick_device, read_config, run
 
@@ -63,7 +63,8 @@ class Asker:
     def ask(self, pixels, turns, started):
         """turns as for data.prompt, the last one without an answer; started: perf_counter when waiting began."""
         row, times, answer = prompt(turns, self.tokenizer), [], ""
-        batch = collate([dict(ids=row.ids, labels=row.labels, query=row.query, pixels=pixels)])
+        query = query_of(row.turns, self.model.query)
+        batch = collate([dict(ids=row.ids, labels=row.labels, query=query, pixels=pixels)])
         batch = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
 
         def ids():

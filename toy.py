@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig, preprocess
-from data import IGNORE, SYSTEM, render
+from data import IGNORE, SYSTEM, item, render
 from llama import Llama, LlamaConfig, Tokenizer
 from weights import Tensors, read_config, run, save
 
@@ -286,9 +286,7 @@ class ToyScenes(torch.utils.data.Dataset):
         return render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
 
     def __getitem__(self, i):
-        sample, scene = self.sample(i), make_scene(self.record_id(i))
-        return dict(ids=sample.ids, labels=sample.labels, query=sample.query,
-                    pixels=preprocess(draw(scene), self.size, pad=True))
+        return item(self.sample(i), preprocess(draw(make_scene(self.record_id(i))), self.size, pad=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import toy
-from ccra import CCRAConfig, VLM
+from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
 from clip import CLIPVision
 from llama import Llama, Tokenizer
 from weights import UserError, autocast_dtype, pick_device, run
@@ -39,7 +40,7 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3),
 }
-TOY_STEPS = {1: 250, 2: 2400}
+TOY_STEPS = {1: 250, 2: 1600}
 
 
 def arguments(argv=None):
@@ -59,7 +60,11 @@ def arguments(argv=None):
     g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
                    help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
     g.add_argument("--train-vision", action="store_true", help="stage 2: train the vision tower, too (appendix B)")
-    g.add_argument("--norm", choices=("joint", "stack", "token"), default="joint", help="LN of eq. 5 and 13 (README)")
+    g.add_argument("--query", choices=data.QUERIES, help="the questions of a conversation that CCRA reads the picture "
+                   "with: all (default), those so far (a row for every turn), or the first")
+    g.add_argument("--norm", choices=NORMS, help="LN of eq. 5 and 13 (README; default: joint)")
+    g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
+    g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step")
     g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: all of its share)")
@@ -127,12 +132,25 @@ def build(args, device):
                             "or give --vision and --llm")
         tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm)
         config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
-                            n_layers=tower.config.num_hidden_layers, norm=args.norm,
-                            d_hidden=128 if args.world == "llava" else 64)
+                            n_layers=tower.config.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64,
+                            **variant(args))
         torch.manual_seed(args.seed)                       # the projector's and CCRA's first values
-        return VLM.build(tower, model, config).to(device), Tokenizer.from_pretrained(llm)
+        vlm = VLM.build(tower, model, config, query=args.query or "all").to(device)
+        return vlm, Tokenizer.from_pretrained(llm)
     folder = Path(args.model or f"out/{args.world}/stage1")
-    return VLM.from_pretrained(folder, dtype=torch.float32, device=device), Tokenizer.from_pretrained(folder)
+    model = VLM.from_pretrained(folder, dtype=torch.float32, device=device)
+    if variant(args):           # none of these changes a shape, so stage 2 may choose anew
+        fuser = CCRA(replace(model.fuser.config, **variant(args))).to(device)
+        fuser.load_state_dict(model.fuser.state_dict())
+        model.fuser = fuser
+    model.query = args.query or model.query
+    return model, Tokenizer.from_pretrained(folder)
+
+
+def variant(args) -> dict:
+    """What the flags say about CCRA, as fields of CCRAConfig; what they don't say stays as it is."""
+    said = {key: getattr(args, key) for key in ("norm", "order") if getattr(args, key)}
+    return said | {part: False for part in args.off or ()}
 
 
 def freeze(model: VLM, stage: int, mode="on", train_vision=False):
@@ -171,7 +189,7 @@ def pieces(rows, rank, size, micro):
 def settings(args, steps, n):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode)
+                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, **variant(args))
 
 
 def save_checkpoint(path: Path, step, trained, optimizer, course):
@@ -223,8 +241,9 @@ def train_step(model, batches, device, dtype, mode="on", counts=True):
     return total(loss_sum, device), total(sum(int(b["mask"].sum()) for b in batches), device)
 
 
-def collate(samples, max_length, picture_rows):
-    return data.collate([data.cut(sample, max_length, picture_rows) for sample in samples])
+def collate(samples, query, max_length, picture_rows):
+    rows = [row for sample in samples for row in data.by_query(sample, query)]
+    return data.collate([data.cut(row, max_length, picture_rows) for row in rows])
 
 
 def take(batches):
@@ -260,7 +279,7 @@ def loop(args, model, trained, optimizer, dataset, course, start, rank, size, de
     mine = [pieces(rows, rank, size, args.micro) for rows in plan]
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=sum(mine, []), num_workers=args.workers,
-        collate_fn=partial(collate, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
+        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
     log, began = Log(args.out / "log.csv", start, steps) if rank == 0 else None, time.perf_counter()
     for step, (rows, share) in enumerate(zip(plan, mine), start):
         tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the flat modules of the root on the path, and a fixed number of threads (results depend on it)."""
+"""Shared by all tests: the flat modules of the root on the path, and a fixed number of threads (for rounding)."""
 import sys
 from pathlib import Path
 

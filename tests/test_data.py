@@ -602,6 +602,30 @@ def test_cut_counts_the_picture():
     """The merged row, its picture 10 long, is never longer than asked; a picture that doesn't fit is left out whole."""
     row = dict(ids=[1, 5, IMAGE_TOKEN, 6, 7, 8], labels=[IGNORE] * 4 + [7, 8])
     kept = {room: data.cut(row, room, 10)["ids"] for room in (99, 15, 14, 12, 11, 2, 1)}
-    assert kept == {99: row["ids"], 15: row["ids"], 14: row["ids"][:5], 12: row["ids"][:3], 11: [1, 5], 2: [1, 5], 1: [1]}
+    lengths = {99: 6, 15: 6, 14: 5, 12: 3, 11: 2, 2: 2, 1: 1}
+    assert kept == {room: row["ids"][:length] for room, length in lengths.items()}
     assert data.cut(row, 14, 10)["labels"] == row["labels"][:5]
     assert data.cut(dict(ids=[1, 2, 3], labels=[IGNORE, 2, 3]), 2, 10)["labels"] == [IGNORE, 2]
+
+
+def test_which_questions_read_the_picture(tokenizer):
+    """--query: all and first are one row; sofar is a row for every turn, and together they learn what `all` learns."""
+    turns = [("What is this?", "A cat."), ("Where?", "Here."), ("Sure?", "Yes.")]
+    said = [{"from": who, "value": text} for q, a in turns for who, text in (("human", q), ("gpt", a))]
+    said[0]["value"] = "<image>\n" + said[0]["value"]
+    sample = render({"image": "x.png", "conversations": said}, tokenizer)
+    row = data.item(sample, torch.zeros(3, 2, 2))
+    assert data.by_query(row, "all") == [row] and row["query"] == sum(sample.turns, [])
+    (first,) = data.by_query(row, "first")
+    assert first["query"] == sample.turns[0] and first["ids"] == row["ids"]
+    rows = data.by_query(row, "sofar")
+    assert [r["query"] for r in rows] == [sum(sample.turns[:n], []) for n in (1, 2, 3)]
+    for n, r in enumerate(rows, 1):          # the row is the inference prompt of that turn, and its answer
+        asked = prompt([*turns[:n - 1], (turns[n - 1][0], None)], tokenizer)
+        assert r["ids"][:len(asked.ids)] == asked.ids
+        learnt = [label for label in r["labels"] if label != IGNORE]
+        assert r["ids"][len(asked.ids):] == learnt and r["query"] == asked.query
+    kept = [[label for label in r["labels"] if label != IGNORE] for r in (*rows, row)]
+    assert sum(kept[:3], []) == kept[3]
+    single = prompt([("Only?", None)], tokenizer)
+    assert data.query_of(single.turns, "first") == data.query_of(single.turns, "sofar") == single.query

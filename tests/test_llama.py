@@ -1,7 +1,7 @@
 """llama.py against transformers (tiny random models, SmolLM2 where it is at hand), each fast path against a slow one.
 
-Environment: NANOCCRA_SMOLLM2, a folder with SmolLM2-135M in the Hugging Face layout, and NANOCCRA_LLAMA2_TOKENIZER, the
-path of Llama 2's tokenizer.model. Tests that need them are skipped where they are not set.
+Environment: NANOCCRA_SMOLLM2, a folder with SmolLM2-135M in the Hugging Face layout; NANOCCRA_LLAMA2_TOKENIZER and
+NANOCCRA_LLAMA3_TOKENIZER, the paths of Llama 2's and Llama 3's tokenizer.model. What isn't set is skipped.
 """
 import base64
 import io
@@ -89,8 +89,8 @@ def test_llama3_frequencies(hd, factor, kept, blended, slowed, first, golden):
     config = LlamaConfig(**{**TINY.__dict__, "head_dim": hd, "rope_theta": 5e5, "rope_scaling": llama3_scaling(factor)})
     before, after = frequencies(replace(config, rope_scaling=None), "cpu"), frequencies(config, "cpu")
     ratio = before / after
-    assert [(ratio < 1.0001).sum(), ((ratio > 1.0001) & (ratio < factor * 0.9999)).sum(), (ratio > factor * 0.9999).sum()] \
-        == [kept, blended, slowed]
+    same, whole = ratio < 1.0001, ratio > factor * 0.9999
+    assert [same.sum(), (~same & ~whole).sum(), whole.sum()] == [kept, blended, slowed]
     torch.testing.assert_close(after[first:first + len(golden)], torch.tensor(golden), rtol=1e-5, atol=0)
 
 
@@ -463,8 +463,7 @@ GOLDEN3 = {"Hello world": [9906, 1917], " ": [220], "\n": [198],
 def test_llama3_tokenizer(tmp_path):
     path = os.environ.get("NANOCCRA_LLAMA3_TOKENIZER")
     if not path:
-        pytest.skip("NANOCCRA_LLAMA3_TOKENIZER is not set (path to Llama 3's tokenizer.model, which is in the PyPI wheel "
-                    "llama-models)")
+        pytest.skip("NANOCCRA_LLAMA3_TOKENIZER is not set (tokenizer.model; the PyPI wheel llama-models holds it)")
     shutil.copy(path, tmp_path / "tokenizer.model")
     tok = Tokenizer.from_pretrained(tmp_path)
     assert (tok.vocab_size, tok.bos_id, tok.eos_ids) == (128256, 128000, {128001, 128008, 128009})

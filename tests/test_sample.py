@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers on stdout, one clear line and a non-zero exit for everything that is wrong."""
+"""The command line as a user meets it: answers on stdout; one clear line and a non-zero exit for whatever is wrong."""
 import json
 import shutil
 import subprocess
@@ -20,9 +20,9 @@ from weights import Tensors
 SCENE = ROOT / "assets" / "scene.png"
 
 
-def sample(*arguments, **options):
-    return subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, **options)
+def sample(*arguments, cwd=ROOT, **options):
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True,
+                          text=True, cwd=cwd, **options)
 
 
 def refused(run, *names):
@@ -33,8 +33,7 @@ def refused(run, *names):
 
 
 def test_it_answers_from_another_directory_too(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", str(SCENE), "--q", "How many pizzas are there?"],
-                         capture_output=True, text=True, cwd=tmp_path)
+    run = sample("--image", SCENE, "--q", "How many donuts are there?", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "3\n"                                  # the answer alone
     assert "first token after" in run.stderr and "note:" not in run.stderr
@@ -86,10 +85,13 @@ def test_bad_questions():
 def test_bad_models(tmp_path):
     refused(sample("--image", SCENE, "--q", "x", "--model", tmp_path / "none"), "none")
     refused(sample("--image", SCENE, "--q", "x", "--model", tmp_path), "config.json")
-    for name, spoil in dict(cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]), missing=lambda f: f.unlink(),
-                            shape=lambda f: save_file({**load_file(f), "projector.0.bias": torch.zeros(3)}, f),
-                            lacking=lambda f: save_file({k: v for k, v in load_file(f).items() if k != "llm.norm.weight"}, f),
-                            extra=lambda f: save_file({**load_file(f), "llm.layers.99.what": torch.zeros(3)}, f)).items():
+    spoilt = dict(
+        cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]),
+        missing=lambda f: f.unlink(),
+        shape=lambda f: save_file({**load_file(f), "projector.0.bias": torch.zeros(3)}, f),
+        lacking=lambda f: save_file({k: v for k, v in load_file(f).items() if k != "llm.norm.weight"}, f),
+        extra=lambda f: save_file({**load_file(f), "llm.layers.99.what": torch.zeros(3)}, f))
+    for name, spoil in spoilt.items():
         folder = tmp_path / name
         shutil.copytree(toy.MODEL, folder)
         spoil(folder / "model.safetensors")
@@ -110,7 +112,7 @@ def test_the_embedded_weights_are_small():
 
 
 def test_held_out_accuracy():
-    """280 of the 2,000 questions whose result the README states (`python eval.py --task toy`); bounds leave room for chance."""
+    """280 questions, as `python eval.py --task toy` asks 2,000 for the README; the bounds leave room for chance."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     items = toy.exam(7, 280)
