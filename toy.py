@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -292,7 +291,7 @@ class ToyScenes(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # pretraining: the tokenizer, the small CLIP, the small Llama
 
-VOCAB = 832
+VOCAB, BOS, EOS = 832, 1, 2
 
 
 def train_tokenizer(out: Path):
@@ -365,7 +364,8 @@ def optimizers(model, lr):
 
 
 def pretrain(name, model, loss_of_step, steps, lr, out: Path):
-    """Train model for a number of steps; loss_of_step(model, step) is the loss on the step's own, reproducible batch.
+    """Train model for a number of steps. loss_of_step(model, step) gives the loss on the step's own, reproducible
+    batch, and the share of its predictions that are right.
 
     Warm-up over 50 steps, constant, linear to zero over the last quarter. Every 100 steps everything is written to
     out/NAME.ckpt, beside and renamed, and a run that was stopped goes on from there.
@@ -378,25 +378,26 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
         for opt, saved in zip(opts, state["opts"]):
             opt.load_state_dict(saved)
         start = state["step"]
-    rows = log.read_text().splitlines() if start else []           # what was logged after the checkpoint is done again
-    log.write_text("".join(f"{row}\n" for row in rows if int(row.split(",")[0]) <= start))
+    rows = log.read_text().splitlines()[1:] if start else []       # what was logged after the checkpoint is done again
+    rows = ["step,loss,right"] + [row for row in rows if int(row.split(",")[0]) <= start]
+    log.write_text("".join(f"{row}\n" for row in rows))
     began = time.perf_counter()
     for step in range(start, steps):
         rate = min(1, (step + 1) / 50, (steps - step) / (steps / 4))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * rate
-        loss, extra = loss_of_step(model, step)
+        loss, right = loss_of_step(model, step)
         loss.backward()
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         if (step + 1) % 20 == 0 or step + 1 == steps:
             each = (time.perf_counter() - began) / (step + 1 - start)
-            print(f"{name} {step + 1}/{steps} loss {loss.item():.3f} {extra} {each:.2f} s/step "
+            print(f"{name} {step + 1}/{steps} loss {loss.item():.3f} right {right:.3f} {each:.2f} s/step "
                   f"eta {each * (steps - step - 1) / 60:.0f} min", flush=True)
             with open(log, "a") as f:
-                f.write(f"{step + 1},{loss.item():.4f},{extra}\n")
+                f.write(f"{step + 1},{loss.item():.4f},{right:.3f}\n")
         if (step + 1) % 100 == 0 or step + 1 == steps:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1),
                        f"{ckpt}.tmp")
@@ -419,9 +420,6 @@ def clip_config(vocab_size):
     return vision, text          # a text ends with an id of its own, above the tokenizer's
 
 
-BOS, EOS = 1, 2
-
-
 def train_clip(out: Path, tokenizer, steps, batch=40):
     """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings."""
     torch.manual_seed(1)
@@ -438,7 +436,7 @@ def train_clip(out: Path, tokenizer, steps, batch=40):
         logits = model(pixels, text)                                                   # (B, B), pictures by captions
         target = torch.arange(len(logits))
         right = (logits.argmax(-1) == target).float().mean().item()
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, f"right {right:.2f}"
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, right
 
     pretrain("clip", model, loss_of_step, steps, 1e-3, out)
     model.save_pretrained(out / "clip")
@@ -497,7 +495,7 @@ def train_llama(out: Path, tokenizer, steps, batch=32):
         logits = model.lm_head(model.hidden(tokens=ids)[:, :-1][keep])                 # (answers, V)
         target = labels[:, 1:][keep]
         right = (logits.argmax(-1) == target).float().mean().item()
-        return F.cross_entropy(logits, target), f"right {right:.3f}"
+        return F.cross_entropy(logits, target), right
 
     pretrain("llama", model, loss_of_step, steps, 2e-3, out)
     model.save_pretrained(out / "llama")

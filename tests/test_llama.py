@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
-from weights import SINGLE, Tensors, UserError, save
+from weights import Tensors, UserError, save
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
                    rms_norm_eps=1e-5)

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -13,7 +12,7 @@ import eval as evaluation
 import toy
 from ccra import VLM
 from conftest import ROOT
-from data import collate, prompt
+from data import prompt
 from llama import Tokenizer
 from weights import Tensors
 

@@ -107,3 +107,26 @@ def test_muon_step_is_orthogonal():
     assert singular.min() > 0.6 and singular.max() < 1.3
     u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(-p.detach().flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_pretraining_goes_on_where_it_stopped(tmp_path):
+    """Stopped by an error in step 150 and started again: the weights of a run that wasn't, and one log row a step."""
+    def run(out, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 4)])
+
+        def loss_of_step(model, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            return (model.layers[0](x) - x[:, :4]).square().mean(), 0.5
+        out.mkdir(exist_ok=True)
+        toy.pretrain("x", model, loss_of_step, 220, 1e-2, out)
+        return model.layers[0].weight
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=150)
+    assert torch.equal(whole, run(tmp_path / "parts"))
+    logs = [(tmp_path / name / "x.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 12
