@@ -138,6 +138,8 @@ def build(args, device):
         vlm = VLM.build(tower, model, config, query=args.query or "all").to(device)
         return vlm, Tokenizer.from_pretrained(llm)
     folder = Path(args.model or f"out/{args.world}/stage1")
+    if not args.model and not folder.is_dir():
+        raise UserError(f"{folder}: not there yet; run --stage 1 first, or give --model")
     model = VLM.from_pretrained(folder, dtype=torch.float32, device=device)
     if variant(args):           # none of these changes a shape, so stage 2 may choose anew
         fuser = CCRA(replace(model.fuser.config, **variant(args))).to(device)
