@@ -480,7 +480,7 @@ class VLM(nn.Module):
             raise UserError(f"{dir}: config.json has a fuser {name!r}, which is unknown (only {CCRA.name!r})")
         if unknown := fuser.keys() - CCRAConfig.__dataclass_fields__.keys():
             raise UserError(f"{dir}: config.json gives the fuser {min(unknown)!r}, which is unknown")
-        with torch.device("meta"):
+        with weights.skeleton():
             vision = CLIPVision(CLIPVisionConfig.from_dict(config["vision"]))
             llm = Llama(LlamaConfig.from_dict(config["llm"]))
             model = cls.build(vision, llm, CCRAConfig(**fuser), config["image"].get("pad"), config.get("query"))

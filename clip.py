@@ -314,7 +314,7 @@ class CLIPVision(nn.Module):
         else:
             raise UserError(f"{dir}: model_type {config.get('model_type')!r} holds no image tower that can be read "
                             f"(clip, clip_vision_model or a model saved by this project)")
-        with torch.device("meta"):
+        with weights.skeleton():
             tower = cls(CLIPVisionConfig.from_dict(shape))
         if "vision" in config:
             names = {f"vision.{name}": name for name, _ in tower.named_parameters()}
@@ -393,7 +393,7 @@ class CLIP(nn.Module):
         config = weights.read_config(dir)
         if config.get("model_type") != "clip":
             raise UserError(f"{dir}: model_type {config.get('model_type')!r}, but a whole CLIP is needed ('clip')")
-        with torch.device("meta"):
+        with weights.skeleton():
             model = cls(CLIPVisionConfig.from_dict(_part(config, "vision_config")),
                         CLIPTextConfig.from_dict(_part(config, "text_config")),
                         config.get("projection_dim", 512))

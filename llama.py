@@ -25,7 +25,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from clip import attention
-from weights import Tensors, UserError, load, read_config, read_json, save
+from weights import Tensors, UserError, load, read_config, read_json, save, skeleton
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class Llama(nn.Module):
             config = config.get(prefix.rstrip("."))
             if not isinstance(config, dict):
                 raise UserError(f"{dir}: no {prefix.rstrip('.')!r} in config.json, so no language model in this folder")
-        with torch.device("meta"):
+        with skeleton():
             model = cls(LlamaConfig.from_dict(config, f"{dir}/config.json"))
         unneeded = [prefix + "*.rotary_emb.inv_freq"]                                # old saves; the config gives it
         if prefix:

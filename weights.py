@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
@@ -173,9 +175,25 @@ class Tensors(Mapping):
         return self.files[name]
 
 
+class _NoNumbers(TorchFunctionMode):
+    """torch.nn.init does nothing: on meta it would import torch's compiler, 1.6 seconds, to draw no numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def skeleton():
+    """`with skeleton():` builds modules for `load` to fill: shapes without memory and without initial values."""
+    with torch.device("meta"), _NoNumbers():
+        yield
+
+
 def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None], unneeded: tuple[str, ...] = (),
          dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
-    """Fill a module that was built under `with torch.device("meta")`, tensor by tensor. Returns it.
+    """Fill a module that was built under `with skeleton()`, tensor by tensor. Returns it.
 
     rename: public name -> name in the module, or None for a name it doesn't know.
     unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
