@@ -221,7 +221,9 @@ def go(stage1, mixed, out, *more, processes=1):
                "cpu", "--json", str(mixed / "data.json"), "--images", str(mixed), "--out", str(out), "--steps", "20",
                "--batch", "7", "--threads", "1", "--lr", "1e-3", "--workers", "0", *more]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
+    if processes > 1 and "Signal 6 (SIGABRT)" in run.stderr:       # gloo, rarely, on leaving: give the command again
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     return [[float(x) for x in row.split(",")[:4]] for row in (out / "log.csv").read_text().splitlines()[1:]]
 
 
@@ -249,7 +251,7 @@ def test_a_run_goes_on_with_another_number_of_processes(stage1, mixed, tmp_path)
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import sys, time, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import data, train
 from ccra import VLM
@@ -265,6 +267,7 @@ train.train_step(DistributedDataParallel(model), batches, torch.device("cpu"), t
 if dist.get_rank() == 0:
     torch.save({{name: p.grad for name, p in trained.items()}}, {out!r})
 dist.barrier()
+time.sleep(0.5)
 dist.destroy_process_group()
 """
 
