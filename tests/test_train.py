@@ -280,7 +280,8 @@ def test_two_processes_give_the_gradients_of_one(stage1, tmp_path):
     torch.save(samples, tmp_path / "samples.pt")
     (tmp_path / "worker.py").write_text(WORKER.format(
         root=str(ROOT), model=str(stage1), samples=str(tmp_path / "samples.pt"), out=str(tmp_path / "grads.pt")))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                    str(tmp_path / "worker.py")], check=True, capture_output=True, timeout=300)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                          str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300)
+    assert (tmp_path / "grads.pt").exists(), run.stderr
     for name, grad in torch.load(tmp_path / "grads.pt", weights_only=True).items():
         assert (grad - trained[name].grad).norm() <= 1e-5 * trained[name].grad.norm() + 1e-12, name
