@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -221,7 +222,8 @@ def go(stage1, mixed, out, *more, processes=1):
                "cpu", "--json", str(mixed / "data.json"), "--images", str(mixed), "--out", str(out), "--steps", "20",
                "--batch", "7", "--threads", "1", "--lr", "1e-3", "--workers", "0", *more]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if processes > 1 and "Signal 6 (SIGABRT)" in run.stderr:       # gloo, rarely, on leaving: give the command again
+    if processes > 1 and "Signal 6 (SIGABRT)" in run.stderr:       # seen once in 35 runs, cause unknown: not in silence
+        warnings.warn(f"a two-process run aborted and is given again; it said: {run.stderr}")
         run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return [[float(x) for x in row.split(",")[:4]] for row in (out / "log.csv").read_text().splitlines()[1:]]
