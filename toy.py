@@ -5,12 +5,14 @@ whole recipe of the paper runs for real on a laptop: (a) a small CLIP learns fro
 from text alone, both are saved in the public Hugging Face layout, and from there on nothing is special: train.py loads
 them with the code that loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1 and stage 2.
 
-    python toy.py show  --n 6         draws scenes with their questions into out/scenes.png
+    python toy.py show  --n 12        draws scenes with their questions into out/scenes.png
     python toy.py retrain             everything from nothing: tokenizer, CLIP, Llama, stage 1, stage 2 (resumable)
 
-A scene has nine cells. Some hold emoji objects (32 kinds in 4 categories), one may hold a coloured shape, one a printed
-word. A scene is a pure function of a string such as "train/17": no picture is stored, and training and held-out scenes
-differ in that string. Questions are balanced, so that they don't give their answers away (tests/test_toy.py).
+A scene has nine places. Some hold emoji objects (40 kinds in 4 categories, 8 of them look-alikes of another), one may
+hold a coloured shape, one a printed word; things differ in size, are turned, shifted, overlap and lie on clutter. A
+scene is a pure function of a string such as "train2/17": no picture is stored, and training and held-out scenes differ
+in that string. Training never shows certain pairs of kinds together and never uses certain phrasings: the exam does.
+Questions are balanced, so that they don't give their answers away (tests/test_toy.py).
 """
 import argparse
 import math
@@ -20,8 +22,9 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -42,36 +45,31 @@ OUT = Path("out/toy")                     # where retraining works
 # ---------------------------------------------------------------------------------------------------------------------
 # the world
 
-SIZE, CELL = 96, 32                       # pixels: a picture is 3 x 3 cells
+SIZE, CELL = 96, 32                       # pixels: a picture is 3 x 3 places
 CATEGORIES = {
-    "animal": ["cat", "dog", "cow", "pig", "frog", "owl", "crab", "bee"],
-    "food": ["apple", "banana", "lemon", "carrot", "pizza", "egg", "cake", "donut"],
-    "vehicle": ["car", "bus", "train", "boat", "rocket", "bicycle", "plane", "tractor"],
-    "tool": ["hammer", "wrench", "axe", "saw", "key", "pencil", "magnet", "ladder"],
+    "animal": ["cat", "dog", "cow", "pig", "frog", "owl", "crab", "bee", "tiger", "wolf"],
+    "food": ["apple", "banana", "lemon", "carrot", "pizza", "egg", "cake", "donut", "tomato", "peach"],
+    "vehicle": ["car", "bus", "train", "boat", "rocket", "bicycle", "plane", "tractor", "taxi", "tram"],
+    "tool": ["hammer", "wrench", "axe", "saw", "key", "pencil", "magnet", "ladder", "pick", "brush"],
 }
 KINDS = [kind for kinds in CATEGORIES.values() for kind in kinds]
 CATEGORY = {kind: category for category, kinds in CATEGORIES.items() for kind in kinds}
+ALIKE = [("cat", "tiger"), ("dog", "wolf"), ("apple", "tomato"), ("lemon", "peach"), ("car", "taxi"), ("bus", "tram"),
+         ("hammer", "pick"), ("pencil", "brush")]
+LOOKALIKE = dict(ALIKE) | {b: a for a, b in ALIKE}
+HELD_OUT = {frozenset(pair) for pair in random.Random("pairs").sample(list(combinations(KINDS, 2)), 60)}    # of 780
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 200), "yellow": (245, 215, 40),
           "orange": (255, 127, 14), "purple": (128, 50, 160), "black": (20, 20, 20), "white": (255, 255, 255)}
 SHAPES = ["square", "circle", "triangle", "diamond"]
 WORDS = ["sun", "moon", "tea", "ink", "jam", "fog", "oak", "zip", "map", "ice", "gold", "wind", "rain", "lake", "song",
          "milk", "coin", "rope", "door", "leaf", "nest", "salt", "wool", "yard"]
 PLACES = ["top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right"]
-
-QUESTIONS = {   # several phrasings each; {a} is "a cat" or "an apple", {s} is "cats"
-    "count": ["How many {s} are there?", "How many {s} do you see?", "Count the {s}."],
-    "presence": ["Is there {a}?", "Do you see {a}?", "Is {a} in the picture?"],
-    "where": ["Where is the {k}?", "In which place is the {k}?", "Find the {k}."],
-    "left-of": ["Is the {k} left of the {j}?", "Is the {k} to the left of the {j}?"],
-    "colour": ["What color is the {k}?", "What is the color of the {k}?", "Which color does the {k} have?"],
-    "word": ["What word is printed?", "What does the text say?", "Read the word."],
-    "category": ["How many {s} are there?", "How many {s} do you see?", "Count the {s}."],
-}
+AT = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
 
 
 @dataclass
 class Thing:
-    """What one cell holds. name: a kind, a shape or a word; what: "object", "shape" or "word"; color for shapes."""
+    """What one place holds. name: a kind, a shape or a word; what: "object", "shape" or "word"; color for shapes."""
     what: str
     name: str
     cell: int              # 0..8, row by row
@@ -86,17 +84,31 @@ class Scene:
     key: str               # the string that everything random about this scene comes from
     things: list
 
+    def objects(self):
+        return [thing.name for thing in self.things if thing.what == "object"]
 
-def make_scene(key: str, limit=8) -> Scene:
-    """The scene of a key: 1 to 6 objects of 1 to 3 kinds, a shape (70%) and a word (50%), each in its own cell.
 
-    limit: keep so many things at most (text_batch begins with small scenes).
+def held_out(names) -> bool:
+    """Whether two of these kinds are a pair that training never shows together."""
+    return any(frozenset(pair) in HELD_OUT for pair in combinations(set(names), 2))
+
+
+def make_scene(key: str, limit=8, new_pair=False) -> Scene:
+    """The scene of a key: 1 to 6 objects of 1 to 3 kinds, a shape (70%) and a word (50%), each in its own place.
+
+    limit: keep so many things at most (training begins with small scenes). new_pair: with a held-out pair of kinds, for
+    the exam; all other scenes have none.
     """
     rng = random.Random("scene/" + key)
     cells = rng.sample(range(9), 9)
+    kinds, wanted = [], rng.choice([2, 2, 3]) if new_pair else rng.choice([1, 2, 2, 3, 3])
+    while not kinds or held_out(kinds) != new_pair:
+        kinds = rng.sample(KINDS, wanted)
     names = []
-    for kind in rng.sample(KINDS, rng.choice([1, 2, 2, 3, 3])):
+    for kind in kinds:
         names += [kind] * rng.choices([1, 2, 3], weights=[45, 30, 25])[0]
+    if new_pair:                           # all kinds before second ones: the pair shall survive the cut to six
+        names = kinds + [name for i, name in enumerate(names) if name in names[:i]]
     things = [Thing("object", name, cells.pop()) for name in names[:6]]
     if rng.random() < 0.7:
         things.append(Thing("shape", rng.choice(SHAPES), cells.pop(), rng.choice(list(COLORS))))
@@ -116,23 +128,59 @@ def font(size: int):
     return ImageFont.load_default(size)     # comes with Pillow, so a picture looks the same everywhere
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene's picture: RGB, SIZE x SIZE. Objects are 24 to 30 pixels wide and jittered inside their cells."""
+def layout(scene: Scene) -> list:
+    """Where and how each thing is drawn: [(thing, x, y of its middle, side, degrees)], the large ones first, so that
+    what overlaps never hides a small thing. In pixels; a middle stays inside its place, by 10 pixels or more."""
     rng = random.Random("draw/" + scene.key)
-    image = Image.new("RGB", (SIZE, SIZE), tuple(rng.randint(190, 245) for _ in range(3)))
-    pen = ImageDraw.Draw(image)
+    found = []
     for thing in scene.things:
-        x, y = thing.cell % 3 * CELL, thing.cell // 3 * CELL
-        side = rng.randint(24, 30)
-        x0, y0 = x + rng.randint(0, CELL - side), y + rng.randint(0, CELL - side)
-        if thing.what == "object":
-            picture = emoji(thing.name).resize((side, side), Image.BILINEAR)
-            image.paste(picture, (x0, y0), picture)
-        elif thing.what == "shape":
-            draw_shape(pen, thing.name, COLORS[thing.color], x0 + 2, y0 + 2, side - 5)
+        middle = [CELL * at + CELL / 2 for at in (thing.cell % 3, thing.cell // 3)]
+        side = rng.randint(18, 34) if thing.what == "object" else rng.randint(18, 30)
+        free = 6 if thing.what != "word" else 3
+        x, y = (min(max(m + rng.uniform(-free, free), 13), SIZE - 13) for m in middle)
+        found.append((thing, x, y, side, rng.uniform(-35, 35) if thing.what == "object" else rng.uniform(-10, 10)))
+    return sorted(found, key=lambda row: (row[0].what == "word", -row[3]))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene's picture: RGB, SIZE x SIZE. Objects are 18 to 34 pixels wide."""
+    rng = random.Random("background/" + scene.key)
+    ground = [rng.randint(190, 245) for _ in range(3)]
+    image = Image.new("RGB", (SIZE, SIZE), tuple(ground))
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.randint(4, 14)):     # clutter: strokes, rings and dots in tints of the background
+        tint = tuple(max(0, c + rng.randint(-70, 10)) for c in ground)
+        x, y, w, h = (rng.randint(0, SIZE) for _ in range(4))
+        if rng.random() < 0.5:
+            pen.line([x, y, x + w // 3 - 16, y + h // 3 - 16], fill=tint, width=rng.randint(1, 3))
         else:
-            pen.text((x + CELL / 2, y + CELL / 2), thing.name.upper(), fill=(0, 0, 0), font=font(11), anchor="mm")
+            r = 1 + w // 10
+            pen.ellipse([x - r, y - r, x + r, y + r], outline=tint, fill=tint if r < 4 else None)
+    for thing, x, y, side, degrees in layout(scene):
+        if thing.what == "object":
+            paste(image, emoji(thing.name), x, y, side, degrees)
+        elif thing.what == "shape":
+            draw_shape(pen, thing.name, COLORS[thing.color], round(x - side / 2), round(y - side / 2), side)
+        else:
+            paste(image, printed(thing.name), x, y, None, degrees)
     return image
+
+
+def paste(image, picture, x, y, side, degrees):
+    """An RGBA picture onto another one, its middle at (x, y), turned; side: its width (None: as it is)."""
+    if side:
+        picture = picture.resize((side, side), Image.LANCZOS)
+    picture = picture.rotate(degrees, Image.BICUBIC, expand=True)
+    image.paste(picture, (round(x - picture.width / 2), round(y - picture.height / 2)), picture)
+
+
+@lru_cache(maxsize=None)
+def printed(word: str) -> Image.Image:
+    """A word in black with a white rim, so that it can be read on anything."""
+    picture = Image.new("RGBA", (44, 18))
+    ImageDraw.Draw(picture).text((22, 9), word.upper(), fill=(0, 0, 0), font=font(11), anchor="mm", stroke_width=1,
+                                 stroke_fill=(255, 255, 255))
+    return picture
 
 
 KNOWS = ("this is the embedded model, which knows drawn scenes of 96 x 96 pixels only (python toy.py show): "
@@ -167,7 +215,7 @@ def article(name):
 
 
 def plural(name):
-    return name + ("es" if name.endswith("s") else "s")
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh", "o")) else "s")
 
 
 def caption(scene: Scene) -> str:
@@ -176,69 +224,169 @@ def caption(scene: Scene) -> str:
 
 
 def grid(scene: Scene) -> str:
-    """The same as a raster of words, which is how a picture's patches will come: "cat - - / - red square - / - - -"."""
+    """The same by place, row by row, as a picture's patches come: "top left - top cat top right red square ..."."""
     cell = {thing.cell: thing.text() for thing in scene.things}
-    return " / ".join(" ".join(cell.get(3 * r + c, "-") for c in range(3)) for r in range(3))
+    return " ".join(f"{place} {cell.get(i, '-')}" for i, place in enumerate(PLACES))
 
 
-def ask(scene: Scene, kind: str, rng: random.Random):
-    """One question of a kind about a scene: (question, answer), or None if this scene doesn't allow the kind."""
-    objects = [t.name for t in scene.things if t.what == "object"]
-    single = [t for t in scene.things if t.what == "shape" or t.what == "object" and objects.count(t.name) == 1]
-    shapes = [t for t in scene.things if t.what == "shape"]
-    words = [t for t in scene.things if t.what == "word"]
-    k = j = s = ""
-    if kind in ("count", "category", "presence") and not objects:
+# Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an apple", {s} is "cats".
+# No word of the latter is new, only their order is: a model of four layers can't know what it has never read.
+PHRASES = {
+    "count": ("How many {s} are there?/How many {s} do you see?/Count the {s}./What is the number of {s}?/"
+              "How many {s} are in the picture?|How many {s} can you see?/Tell me the number of {s}."),
+    "presence": ("Is there {a}?/Do you see {a}?/Is {a} in the picture?/Can you see {a}?/Is there {a} here?|"
+                 "Is {a} here?/Do you see {a} in the picture?"),
+    "where": ("Where is the {k}?/In which place is the {k}?/Find the {k}./Tell me where the {k} is./"
+              "Where can you see the {k}?|Where do you see the {k}?/In which place do you see the {k}?"),
+    "left-of": ("Is the {k} left of the {j}?/Is the {k} to the left of the {j}?/Do you see the {k} left of the {j}?/"
+                "Can you see the {k} to the left of the {j}?|Do you see the {k} to the left of the {j}?/"
+                "Can you see the {k} left of the {j}?"),
+    "colour": ("What color is the {k}?/What is the color of the {k}?/Which color does the {k} have?/"
+               "Tell me the color of the {k}.|Which color is the {k}?/What color does the {k} have?"),
+    "word": ("What word is printed?/What does the text say?/Read the word./Tell me the word./"
+             "Which word do you see?|What word do you see?/Read the text."),
+    "it": "Where is it?/In which place is it?/Tell me where it is.|Where can you see it?/Where do you see it?",
+    "it-left": ("Is it left of the {j}?/Is it to the left of the {j}?/Do you see it left of the {j}?|"
+                "Do you see it to the left of the {j}?/Can you see it left of the {j}?"),
+    "and": "And how many {s}?/And the {s}?|And how many {s} are there?/And the number of {s}?",
+}
+PHRASES = {kind: [part.split("/") for part in text.split("|")] for kind, text in PHRASES.items()}
+PHRASES["category"] = PHRASES["count"]
+SENTENCE = [" Answer in a sentence.", " Say it in a sentence."]
+QUESTIONS = ["count", "presence", "where", "left-of", "colour", "word", "category", "follow-up"]
+
+
+@dataclass
+class Turn:
+    """A question and its answer; short: the answer without its sentence, by which the commonest answer is told."""
+    question: str
+    answer: str
+    short: str
+
+
+def phrase(kind, rng, new=False, **names) -> str:
+    return rng.choice(PHRASES[kind][new]).format(**names)
+
+
+def say(turn: Turn, sentence: str, rng, chance=0.25) -> Turn:
+    """The turn as it is, or, by chance, with the wish for a sentence and the sentence for an answer."""
+    if rng.random() >= chance:
+        return turn
+    return replace(turn, question=turn.question + rng.choice(SENTENCE), answer=sentence)
+
+
+def count(scene, rng, new, kind="count", first=""):
+    """"How many cats", "How many animals": a fifth asks for what isn't there, else every number that occurs is equally
+    likely. first: the name that the turn before asked about, not to be asked again ("And how many dogs?")."""
+    if not (objects := scene.objects()):
         return None
-    if kind == "count":          # a fifth asks for what isn't there; else every number that occurs is equally likely
-        n = 0 if rng.random() < 0.2 else rng.choice(sorted({objects.count(o) for o in objects}))
-        k = rng.choice([o for o in KINDS if objects.count(o) == n])
-        s, answer = plural(k), str(n)
-    elif kind == "category":
-        totals = {c: sum(CATEGORY[o] == c for o in objects) for c in CATEGORIES}
-        n = 0 if rng.random() < 0.2 else rng.choice(sorted({totals[c] for c in totals if totals[c]}))
-        k = rng.choice([c for c in CATEGORIES if totals[c] == n] or [c for c in CATEGORIES if totals[c]])
-        s, answer = plural(k), str(totals[k])
-    elif kind == "presence":
-        answer = rng.choice(["yes", "no"])
-        k = rng.choice(sorted(set(objects))) if answer == "yes" else rng.choice([o for o in KINDS if o not in objects])
-    elif kind == "where":        # sometimes of what isn't there
-        absent = rng.random() < 0.15
-        if not single and not absent:
-            return None
-        if absent:
-            k, answer = rng.choice([o for o in KINDS if o not in objects]), "nowhere"
-        else:
-            thing = rng.choice(single)
-            k, answer = thing.name, PLACES[thing.cell]
-    elif kind == "left-of":
-        pairs = [(a, b) for a in single for b in single if a.cell % 3 != b.cell % 3]
-        if not pairs:
-            return None
-        a, b = rng.choice(pairs)     # both orders are in the list, so yes and no are equally likely
-        k, j, answer = a.name, b.name, "yes" if a.cell % 3 < b.cell % 3 else "no"
-    elif kind == "colour":
-        if not shapes:
-            return None
-        k, answer = shapes[0].name, shapes[0].color
-    else:
-        if not words:
-            return None
-        answer = words[0].name
-    return rng.choice(QUESTIONS[kind]).format(k=k, j=j, s=s, a=article(k) if k else ""), answer
+    totals = {k: objects.count(k) for k in KINDS} if kind != "category" else \
+             {c: sum(CATEGORY[o] == c for o in objects) for c in CATEGORIES}
+    totals.pop(first, None)
+    there = sorted({n for n in totals.values() if n})
+    n = 0 if not there or rng.random() < 0.2 else rng.choice(there)
+    k = rng.choice([k for k in totals if totals[k] == n])
+    sentence = f"There is 1 {k}." if n == 1 else f"There are {n} {plural(k)}."
+    return k, say(Turn(phrase(kind, rng, new, s=plural(k)), str(n), str(n)), sentence, rng)
 
 
-def conversation(scene: Scene, max_turns=6) -> list:
-    """One to max_turns questions with answers, of different kinds as far as the scene allows: [(question, answer)]."""
+def missing(scene, rng) -> str:
+    """A kind that isn't there; sometimes the look-alike of one that is."""
+    objects = scene.objects()
+    alike = [LOOKALIKE[o] for o in objects if o in LOOKALIKE and LOOKALIKE[o] not in objects]
+    return rng.choice(alike if alike and rng.random() < 0.2 else [k for k in KINDS if k not in objects])
+
+
+def presence(scene, rng, new, kind="presence"):
+    if not scene.objects():
+        return None
+    answer = rng.choice(["yes", "no"])
+    k = rng.choice(sorted(set(scene.objects()))) if answer == "yes" else missing(scene, rng)
+    sentence = f"Yes, there is {article(k)}." if answer == "yes" else f"No, there is no {k}."
+    return k, say(Turn(phrase(kind, rng, new, a=article(k)), answer, answer), sentence, rng)
+
+
+def singles(scene):
+    """What "the cat" can mean: the shape, and the objects of which there is one."""
+    objects = scene.objects()
+    return [t for t in scene.things if t.what == "shape" or t.what == "object" and objects.count(t.name) == 1]
+
+
+def place(scene, rng, new, kind="where", it=None):
+    """"Where is the cat?" (sometimes of what isn't there), or "Where is it?" of a thing that was spoken of."""
+    single = singles(scene)
+    absent = it is None and rng.random() < 0.15
+    if not single and not absent:
+        return None
+    thing = it or (Thing("object", missing(scene, rng), -1) if absent else rng.choice(single))
+    k, short = thing.name, "nowhere" if absent else PLACES[thing.cell]
+    subject = "It" if it else f"The {k}"
+    sentence = f"There is no {k}." if absent else f"{subject} is {AT.get(short, f'in the {short}')}."
+    return k, say(Turn(phrase(kind, rng, new, k=k), short, short), sentence, rng)
+
+
+def left_of(scene, rng, new, kind="left-of", it=None):
+    """"Is the cat left of the dog?", of two single things in different columns; of a held-out pair if there is one."""
+    pairs = [(a, b) for a in singles(scene) for b in singles(scene)
+             if a.cell % 3 != b.cell % 3 and (it is None or a.name == it.name)]
+    if not pairs:
+        return None
+    a, b = rng.choice([pair for pair in pairs if held_out([t.name for t in pair])] or pairs)
+    # both orders are in the list, so yes and no are equally likely
+    short, side = ("yes", "left") if a.cell % 3 < b.cell % 3 else ("no", "right")
+    sentence = f"{short.capitalize()}, {'it' if it else f'the {a.name}'} is {side} of the {b.name}."
+    return a.name, say(Turn(phrase(kind, rng, new, k=a.name, j=b.name), short, short), sentence, rng)
+
+
+def told(scene, rng, new, kind):
+    """The colour of the shape, or the printed word."""
+    things = [t for t in scene.things if t.what == dict(colour="shape", word="word")[kind]]
+    if not things:
+        return None
+    k, short = (things[0].name, things[0].color) if kind == "colour" else ("word", things[0].name)
+    return k, say(Turn(phrase(kind, rng, new, k=k), short, short), f"The {k} is {short}.", rng)
+
+
+def ask(scene: Scene, kind: str, rng: random.Random, new=False):
+    """A question of a kind about a scene: [Turn], or None if this scene doesn't allow the kind.
+
+    A "follow-up" is two turns, of which the second can't be understood without the first: "Is there a cat?", "Where is
+    it?". new: in a phrasing that training never uses.
+    """
+    if kind == "follow-up":
+        return follow(scene, rng, new)
+    makers = {"count": count, "category": count, "presence": presence, "where": place, "left-of": left_of,
+              "colour": told, "word": told}
+    made = makers[kind](scene, rng, new, kind)
+    return made and [made[1]]
+
+
+def follow(scene: Scene, rng, new):
+    """Two turns about one thing, or "How many cats?", "And the dogs?". Only the second is in a new phrasing."""
+    style = rng.choice(["it", "it", "it-left", "it-left", "and"])
+    if style == "and":
+        first = count(scene, rng, False)
+        return first and [first[1], count(scene, rng, new, "and", first[0])[1]]
+    opener = rng.choice(["presence", "presence", "colour", "left-of"])
+    first = dict(presence=presence, colour=told)[opener](scene, rng, False, opener) if opener != "left-of" else \
+        left_of(scene, rng, False)
+    it = [thing for thing in singles(scene) if first and thing.name == first[0]]
+    second = it and (place if style == "it" else left_of)(scene, rng, new, style, it[0])
+    return [first[1], second[1]] if second else None
+
+
+def conversation(scene: Scene, max_turns=8) -> list:
+    """One question (30%) or up to max_turns with their answers, of different kinds as far as the scene allows:
+    [(question, answer)]; empty if the scene allows none."""
     rng = random.Random("ask/" + scene.key)
-    kinds = list(QUESTIONS) + ["count", "presence", "where", "left-of"]
+    kinds = QUESTIONS + ["count", "presence", "where", "left-of", "follow-up"]
     rng.shuffle(kinds)
-    turns = []
+    wanted, turns = 1 if rng.random() < 0.3 else rng.randint(2, max_turns), []
     for kind in kinds:
-        turn = ask(scene, kind, rng)
-        if turn and turn[0] not in [q for q, _ in turns]:
-            turns.append(turn)
-    return turns[:rng.randint(1, max_turns)]
+        new = ask(scene, kind, rng) or []
+        if len(turns) < wanted and not {turn.question for turn in new[:1]} & {question for question, _ in turns}:
+            turns += [(turn.question, turn.answer) for turn in new]
+    return turns
 
 
 def record(turns, image="") -> dict:
@@ -250,15 +398,25 @@ def record(turns, image="") -> dict:
     return {"id": image, **({"image": image} if image else {}), "conversations": said}
 
 
-def exam(seed: int, n: int):
-    """n held-out questions, every kind equally often: [(scene, kind, question, answer)]. Training has no such keys."""
+@dataclass
+class Item:
+    """A question of the exam: the last of turns. Its phrasing, or a pair of kinds in its scene, may be held out."""
+    scene: Scene
+    kind: str
+    turns: list
+    new_phrasing: bool
+    new_pair: bool
+
+
+def exam(seed: int, n: int) -> list:
+    """n held-out Items, every kind equally often, half of them in new phrasings, half of them with a new pair."""
     items = []
     for i in range(n):
-        kind = list(QUESTIONS)[i % len(QUESTIONS)]
+        kind, new_phrasing, new_pair = QUESTIONS[i % 8], i // 8 % 2 == 1, i // 16 % 2 == 1
         for attempt in range(1000):
-            scene = make_scene(f"test{seed}/{i}/{attempt}")
-            if turn := ask(scene, kind, random.Random("exam/" + scene.key)):
-                items.append((scene, kind, *turn))
+            scene = make_scene(f"test{seed}/{i}/{attempt}", new_pair=new_pair)       # training has no such keys
+            if turns := ask(scene, kind, random.Random("exam/" + scene.key), new_phrasing):
+                items.append(Item(scene, kind, turns, new_phrasing, new_pair))
                 break
     return items
 
@@ -266,7 +424,8 @@ def exam(seed: int, n: int):
 class ToyScenes(torch.utils.data.Dataset):
     """Scenes as train.py wants its samples. Item i is a pure function of (split, i); nothing lies on disk.
 
-    stage 1: the picture and its caption ("plain"); stage 2: the picture and a conversation ("v1").
+    stage 1: the picture and its caption ("plain"); stage 2: the picture and a conversation ("v1"). Three scenes in
+    eight are small: in these a question is easily answered, and what answers it carries over.
     """
 
     def __init__(self, split, n, stage, tokenizer, size=SIZE):
@@ -278,27 +437,33 @@ class ToyScenes(torch.utils.data.Dataset):
     def record_id(self, i):
         return f"{self.split}/{i}"
 
+    def scene(self, i):
+        key = self.record_id(i)
+        return make_scene(key, limit=random.Random("limit/" + key).choice([2, 3, 4] + 5 * [8]))
+
     def sample(self, i):
         """The text alone."""
-        scene = make_scene(self.record_id(i))
-        turns = [("Describe the picture.", caption(scene))] if self.stage == 1 else conversation(scene)
+        scene = self.scene(i)
+        turns = conversation(scene) if self.stage == 2 else []
+        turns = turns or [("Describe the picture.", caption(scene))]
         return render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
 
     def __getitem__(self, i):
-        return item(self.sample(i), preprocess(draw(make_scene(self.record_id(i))), self.size, pad=True))
+        return item(self.sample(i), preprocess(draw(self.scene(i)), self.size, pad=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pretraining: the tokenizer, the small CLIP, the small Llama
 
-VOCAB, BOS, EOS = 832, 1, 2
+VOCAB, BOS, EOS = 896, 1, 2
 
 
 def train_tokenizer(out: Path):
     """A sentencepiece BPE in Llama-2's style (byte fallback, dummy prefix) from sentences of this world.
 
-    Plurals are kept out of what it is trained on, so that "cats" comes apart into "cat" and "s": the question then
-    holds the very token that names the thing, and looking it up is a match of equal tokens.
+    The names of things are pieces from the start, so that "peaches" comes apart into "peach" and "es": the question
+    then holds the very token that names the thing, and looking it up is a match of equal tokens. So is what the prompt
+    repeats in every sample: the system's sentences would be a third of the tokens of a short question.
     """
     import sentencepiece
 
@@ -307,22 +472,21 @@ def train_tokenizer(out: Path):
         names = KINDS + SHAPES + list(COLORS) + WORDS + list(CATEGORIES) + list("0123456") + ["yes", "no"]
         for i in range(3000):
             scene = make_scene(f"tokenizer/{i}")
-            kind = rng.choice(list(QUESTIONS))
-            a, b = rng.sample(KINDS + SHAPES, 2)
-            for phrase in QUESTIONS[kind]:
-                question = phrase.format(k=a, j=b, s=rng.choice(names), a=article(a))
-                yield f"{SYSTEM} USER: {question} ASSISTANT: {rng.choice(names)}"
-                yield f"({question}"               # a question after a picture's newline begins without a space
+            for turn in ask(scene, rng.choice(QUESTIONS), rng) or []:
+                yield turn.question + " " + turn.answer
+                yield f"({turn.question}"          # a question after a picture's newline begins without a space
             yield grid(scene) + " " + caption(scene)
             yield " ".join(rng.sample(names, 40))
         yield from (chr(c) for c in range(32, 127))
 
+    whole = [" " + SYSTEM, " USER:", "USER:", " ASSISTANT:"] + [" " + name for name in KINDS + list(CATEGORIES)]
+    whole = [text.replace(" ", "\u2581") for text in whole]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "tokenizer.model.tmp", "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=f, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+            user_defined_symbols=whole, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     os.replace(out / "tokenizer.model.tmp", out / "tokenizer.model")
 
 
@@ -405,15 +569,34 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
 
 
 def sibling(scene: Scene) -> Scene:
-    """The same things in other places: a negative for CLIP that takes a sense of place to tell apart."""
+    """Nearly the same scene: two things have changed places, or one has become another, if it can its look-alike. A
+    negative for CLIP, which has to see what and where everything is to tell the two apart."""
     rng = random.Random("sibling/" + scene.key)
-    cells = rng.sample(range(9), len(scene.things))
-    return Scene(scene.key + "/sibling",
-                 [Thing(t.what, t.name, cell, t.color) for t, cell in zip(scene.things, cells)])
+    things = [replace(thing) for thing in scene.things]
+    one = rng.choice(things)
+    if rng.random() < 0.5:
+        cell = rng.choice([cell for cell in range(9) if cell != one.cell])
+        for other in things:
+            if other.cell == cell:
+                other.cell = one.cell
+        one.cell = cell
+    elif one.what == "word":
+        one.name = rng.choice([word for word in WORDS if word != one.name])
+    elif one.what == "shape":
+        one.color = rng.choice([color for color in COLORS if color != one.color])
+    else:
+        others = [thing.name for thing in things if thing.what == "object" and thing is not one]
+        fine = [kind for kind in KINDS if kind != one.name and not held_out(others + [kind])]
+        alike = LOOKALIKE.get(one.name)
+        one.name = alike if alike in fine and rng.random() < 0.5 else rng.choice(fine)
+    return Scene(scene.key + "/sibling", things)
+
+
+CLIP_GROW = 100
 
 
 def clip_config(vocab_size):
-    vision = CLIPVisionConfig(image_size=SIZE, patch_size=16, hidden_size=128, intermediate_size=512,
+    vision = CLIPVisionConfig(image_size=SIZE, patch_size=12, hidden_size=128, intermediate_size=512,
                               num_hidden_layers=8, num_attention_heads=4)
     text = CLIPTextConfig(vocab_size=vocab_size + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
                           num_attention_heads=4, max_position_embeddings=80, eos_token_id=vocab_size)
@@ -421,13 +604,17 @@ def clip_config(vocab_size):
 
 
 def train_clip(out: Path, tokenizer, steps, batch=40):
-    """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings."""
+    """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings.
+
+    Scenes of one thing come first and grow by one in CLIP_GROW steps: from a single thing it is learnt what places are.
+    """
     torch.manual_seed(1)
     model = CLIP(*clip_config(tokenizer.vocab_size), projection_dim=128)
 
     def loss_of_step(model, step):
         model.logit_scale.data.clamp_(max=math.log(100))                              # as OpenAI's training does
-        scenes = [make_scene(f"clip/{step}/{i}") for i in range(batch)]
+        rng = random.Random(f"clip/{step}")
+        scenes = [make_scene(f"clip/{step}/{i}", limit=rng.randint(1, 1 + step // CLIP_GROW)) for i in range(batch)]
         scenes += [sibling(scene) for scene in scenes]
         pixels = torch.stack([preprocess(draw(scene), SIZE, pad=True) for scene in scenes])
         ids, end = [tokenizer.encode(caption(scene)) for scene in scenes], tokenizer.vocab_size
@@ -448,7 +635,7 @@ def llama_config(vocab_size):
                        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS)
 
 
-REPEATS = 600       # steps of repeated sequences before the scenes
+REPEATS, TEXT_GROW = 600, 100      # steps of repeated sequences before the scenes; steps until these grow by one thing
 
 
 def text_rows(tokenizer, step, batch):
@@ -467,21 +654,19 @@ def text_rows(tokenizer, step, batch):
         return [([BOS] + h + h, [IGNORE] * (n + 1) + h) for h in half]
     rows = []
     for i in range(batch):
-        scene = make_scene(f"text/{step}/{i}", limit=2 + rng.randrange(1 + (step - REPEATS) // 80))
-        if i % 8 == 0:
+        scene = make_scene(f"text/{step}/{i}", limit=2 + rng.randrange(1 + (step - REPEATS) // TEXT_GROW))
+        if i % 12 == 0:
             seen = tokenizer.encode(grid(scene))
             told = tokenizer.encode(caption(scene)) + tokenizer.encode("\n", continues=True)
             rows.append(([BOS] + seen + told, [IGNORE] * (1 + len(seen)) + told))
-        elif turns := conversation(scene, 11):
+        elif turns := conversation(scene, 12):
             context = grid(scene) if i % 4 == 1 else caption(scene)
             sample = render(record([(context + "\n" + turns[0][0], turns[0][1])] + turns[1:]), tokenizer, "v1")
-            # mostly without the system prompt, which is long and always the same
-            cut = 1 if i % 8 == 2 else sample.ids.index(tokenizer.encode("USER:")[0])
-            rows.append(([BOS] + sample.ids[cut:], [IGNORE] + sample.labels[cut:]))
+            rows.append((sample.ids, sample.labels))
     return rows
 
 
-def train_llama(out: Path, tokenizer, steps, batch=32):
+def train_llama(out: Path, tokenizer, steps, batch=24):
     """Next-token prediction on text, the loss on answers and captions: the part that Vicuna plays in the paper."""
     torch.manual_seed(2)
     model = Llama(llama_config(tokenizer.vocab_size))
@@ -562,8 +747,8 @@ def main():
     s.add_argument("--n", type=int, default=12)
     s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
-    s.add_argument("--clip-steps", type=int, default=500)
-    s.add_argument("--llama-steps", type=int, default=2100)
+    s.add_argument("--clip-steps", type=int, default=1500)
+    s.add_argument("--llama-steps", type=int, default=3600)
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
     dict(show=show, retrain=retrain, ship=ship)[args.command](args)

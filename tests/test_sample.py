@@ -111,28 +111,35 @@ def test_the_embedded_weights_are_small():
 
 
 def test_held_out_accuracy():
-    """280 questions, as `python eval.py --task toy` asks 2,000 for the README; the bounds leave room for chance."""
+    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; the bounds leave room for chance."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    items = toy.exam(7, 280)
-    ask = lambda picture: evaluation.score_toy(items, evaluation.answers(
-        model, tokenizer, [(picture(scene), question) for scene, _, question, _ in items], 70, 12, torch.device("cpu")))
-    seen, grey = ask(toy.draw), ask(lambda scene: Image.new("RGB", (96, 96), (128, 128, 128)))
-    assert seen["accuracy"] >= 0.70 and seen["n"] == 280 and set(seen["kinds"]) == set(toy.QUESTIONS)
+    items, cpu = toy.exam(7, 320), torch.device("cpu")
+    seen, grey = (evaluation.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
+                  for grey in (False, True))
+    assert seen["accuracy"] >= 0.70 and seen["n"] == 320 and set(seen["kinds"]) == set(toy.QUESTIONS)
     assert grey["accuracy"] <= 0.45
 
 
 def test_score_toy_by_hand():
-    scene = toy.make_scene("x")
-    items = [(scene, "count", "q", a) for a in "1123"] + [(scene, "word", "q", "sun")]
+    def asked(kind, short, answer=None, new=False):
+        return toy.Item(None, kind, [toy.Turn("first?", "x", "x"), toy.Turn("q?", answer or short, short)], new, not new)
+    items = [asked("count", a) for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
+    items += [asked("word", "sun")]
     result = evaluation.score_toy(items, ["1", "2", "2", "x", "sun"])
-    assert result == dict(accuracy=0.6, n=5, kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
-                                                        word=dict(accuracy=1.0, n=1, majority=1.0)))
+    assert result == dict(
+        accuracy=0.6, n=5, kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
+                                      word=dict(accuracy=1.0, n=1, majority=1.0)),
+        groups={"known phrasing": dict(accuracy=0.75, n=4), "new phrasing": dict(accuracy=0.0, n=1),
+                "known pair": dict(accuracy=0.0, n=1), "new pair": dict(accuracy=0.75, n=4),
+                "sentences": dict(accuracy=0.0, n=1)},
+        worst="count", confusion={"1": {"1": 1, "2": 1}, "2": {"2": 1}})
 
 
 def test_batched_answers_are_the_single_ones():
+    """Follow-ups included: their prompts hold what the model itself answered before."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    items = [(toy.draw(scene), question) for scene, _, question, _ in toy.exam(3, 21)]
-    run = lambda batch: evaluation.answers(model, tokenizer, items, batch, 12, torch.device("cpu"))
-    assert run(21) == run(1)
+    items = toy.exam(3, 24)
+    run = lambda batch: evaluation.sit(model, tokenizer, items, batch, torch.device("cpu"))
+    assert run(24) == run(1)
