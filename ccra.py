@@ -481,7 +481,7 @@ class VLM(nn.Module):
         hub they scatter about it, closely): the logit of a mean row is the mean logit, so it is never the highest.
         """
         if not isinstance(self.fuser, LLaVA):
-            raise UserError(f"a model with the fuser {self.fuser.name!r} can't be a llava-hf folder, only plain LLaVA can")
+            raise UserError(f"only plain LLaVA can be written as a llava-hf folder, not the fuser {self.fuser.name!r}")
         V = self.llm.config.vocab_size
         extra = -(-(V + 2) // 64) * 64 - V
         tensors = {}
@@ -514,8 +514,8 @@ class VLM(nn.Module):
         if vision is not None and folder.layout != "llava":
             raise UserError(f"{folder.dir}: holds a vision tower of its own, so none is needed from {vision}")
         if vision is None and folder.layout == "llava":
-            raise UserError(f"{folder.dir}: has no vision tower; download {folder.config.get('mm_vision_tower')} and give "
-                            "its folder, too: --vision DIR")
+            raise UserError(f"{folder.dir}: has no vision tower; download {folder.config.get('mm_vision_tower')} and "
+                            "give its folder, too: --vision DIR")
         tower = None if vision is None else Folder(vision)
         with weights.skeleton():
             eyes = CLIPVision(CLIPVisionConfig.from_dict((tower or folder).part("vision")))

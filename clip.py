@@ -290,7 +290,7 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None):
-        """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel, llava-hf's, our own."""
+        """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel, llava-hf's, ours."""
         folder = Folder(dir)
         with weights.skeleton():
             tower = cls(CLIPVisionConfig.from_dict(folder.part("vision")))
@@ -365,8 +365,8 @@ class CLIP(nn.Module):
         """From a public CLIPModel folder."""
         folder = Folder(dir)
         with weights.skeleton():
-            model = cls(CLIPVisionConfig.from_dict(folder.part("vision")), CLIPTextConfig.from_dict(folder.part("text")),
-                        folder.config.get("projection_dim", 512))
+            model = cls(CLIPVisionConfig.from_dict(folder.part("vision")),
+                        CLIPTextConfig.from_dict(folder.part("text")), folder.config.get("projection_dim", 512))
         return folder.fill(model, dtype=dtype, device=device)
 
     def save_pretrained(self, dir):

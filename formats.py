@@ -1,4 +1,4 @@
-"""The layouts of public models: what a folder holds, told from its config and its tensors' names, never from its own name.
+"""The layouts of public models: what a folder holds, told from its config and its tensors, never from its own name.
 
     layout        told by                           holds                    for example
     nanoccra      model_type nanoccra               vision fuser projector   what train.py writes
@@ -8,14 +8,14 @@
       model
     llama         model_type llama                  llm                      lmsys/vicuna-7b-v1.5, SmolLM2, Llama-3.2-1B
     meta          params.json, no config.json       llm                      Meta's own downloads: consolidated.00.pth
-    llava_hf      model_type llava, vision_config   vision projector llm     llava-hf/llava-1.5-7b-hf
-                  and text_config
+    llava_hf      model_type llava, text_config     vision projector llm     llava-hf/llava-1.5-7b-hf
+                  or vision_config
     llava         model_type llava or llava_llama,  projector llm            liuhaotian/llava-v1.5-7b
                   mm_projector_type
 
 Two translations bring all of them to one form. The config of each part becomes the public config that clip.py and
 llama.py read (`Folder.parts`); the name of each tensor becomes its place in our modules (`Folder.rename`), so that
-`weights.load` can do the rest, which is strict. Whatever a config says that this project doesn't implement is a UserError.
+`weights.load` can do the rest, which is strict. What a config says and this project doesn't implement is a UserError.
 """
 from pathlib import Path
 
@@ -43,7 +43,8 @@ NAMES = {
         "multi_modal_projector.linear_1.": "projector.0.", "multi_modal_projector.linear_2.": "projector.2.",
         # as they are in memory since transformers 4.52
         "model.language_model.": "llm.", "lm_head.": "llm.lm_head.", "model.vision_tower.vision_model.": "vision.",
-        "model.multi_modal_projector.linear_1.": "projector.0.", "model.multi_modal_projector.linear_2.": "projector.2.",
+        "model.multi_modal_projector.linear_1.": "projector.0.",
+        "model.multi_modal_projector.linear_2.": "projector.2.",
         # and flattened, by transformers 5
         "vision_tower.": "vision.", "model.vision_tower.": "vision."},
     "llava": {"model.": "llm.", "lm_head.": "llm.lm_head.", "model.mm_projector.": "projector.",
@@ -95,7 +96,8 @@ class Folder:
             return
         self.tensors = Tensors(self.dir)
         if self.layout == "nanoccra":
-            self.parts = {part: self.config[part] for part in ("vision", "fuser", "image", "llm") if part in self.config}
+            parts = ("vision", "fuser", "image", "llm")            # "image" is about pictures, and has no tensors
+            self.parts = {part: self.config[part] for part in parts if part in self.config}
         elif self.layout == "clip":        # old files hold a *_dict too, which transformers obeys
             self.parts = {part: self.config.get(f"{part}_config_dict") or self.config.get(f"{part}_config") or {}
                           for part in ("vision", "text")}
@@ -109,10 +111,10 @@ class Folder:
         if kind in ("llava", "llava_llama"):
             if "mm_projector_type" in self.config:
                 return "llava"
-            if kind == "llava" and "text_config" in self.config and "vision_config" in self.config:
+            if kind == "llava" and ("text_config" in self.config or "vision_config" in self.config):
                 return "llava_hf"
-            raise UserError(f"{self.where}: model_type {kind!r}, but neither mm_projector_type (liuhaotian's layout) nor "
-                            "text_config and vision_config (llava-hf's) are there")
+            raise UserError(f"{self.where}: model_type {kind!r}, but neither mm_projector_type (liuhaotian's layout) "
+                            "nor text_config and vision_config (llava-hf's) are there")
         if kind in NAMES and kind not in ("meta", "llava_hf"):
             return kind
         raise UserError(f"{self.where}: model_type {kind!r} is none of those that can be read (nanoccra, clip, "
@@ -121,8 +123,8 @@ class Folder:
     def part(self, name: str) -> dict:
         """The public config of a part. UserError if this folder doesn't hold it."""
         if name not in self.parts:
-            raise UserError(f"{self.where}: model_type {self.config.get('model_type')!r}, and no {name!r} in this folder "
-                            f"(it has {', '.join(self.parts)})")
+            raise UserError(f"{self.where}: model_type {self.config.get('model_type')!r}, and no {name!r} in this "
+                            f"folder (it has {', '.join(self.parts)})")
         if not isinstance(self.parts[name], dict):
             raise UserError(f"{self.where}: {name!r} should be a JSON object, not {self.parts[name]!r}")
         return self.parts[name]
@@ -161,7 +163,7 @@ class Folder:
         return weights.load(module, self.tensors, rename, tuple(unneeded), dtype, device)
 
     def _spare_head(self) -> list[str]:
-        """Where the output matrix is the embedding (tied), some files have it twice. The copy is spare, if it is one."""
+        """Where the output matrix is the embedding (tied), some files hold it twice. A true copy is spare."""
         if not self.parts.get("llm", {}).get("tie_word_embeddings"):
             return []
         names = {self.rename(public): public for public in self.tensors}
@@ -179,10 +181,12 @@ class Folder:
 LLAVA_HF = {"vision_feature_layer": (-2, None), "vision_feature_select_strategy": ("default", None),
             "projector_hidden_act": ("gelu", None), "multimodal_projector_bias": (True, None),
             "quantization_config": (None,)}
-LLAVA = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_layer": (-2,), "mm_vision_select_feature": ("patch", None),
-         "mm_use_im_start_end": (False, None), "mm_use_im_patch_token": (False,), "mm_patch_merge_type": ("flat", None),
+LLAVA = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_layer": (-2,),
+         "mm_vision_select_feature": ("patch", None), "mm_use_im_start_end": (False, None),
+         "mm_use_im_patch_token": (False,), "mm_patch_merge_type": ("flat", None),
          "image_aspect_ratio": ("pad", "square", None)}
-# llava-hf's config.json leaves out what is as in transformers' LlamaConfig, which is LLaMA-7B.
+# llava-hf's config.json leaves out what is as in transformers' LlamaConfig, which is LLaMA-7B. (What is left out of a
+# vision_config is as in CLIPVisionConfig: clip.py knows. All of it is as here.)
 LLAMA_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
             "num_hidden_layers": 32, "num_attention_heads": 32}
 CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -199,21 +203,23 @@ def llava_hf(config: dict, where: str) -> tuple[dict[str, dict], int]:
     """(parts, rows of the vocabulary as stored) of a llava-hf config.
 
     Its vocabulary has 64 rows more than Vicuna's: <image>, <pad>, and padding to a multiple of 64. We need neither: the
-    picture's place is IMAGE_TOKEN, and padding is masked. The image token is the first of them, so that is what to keep.
+    picture's place is IMAGE_TOKEN, and padding is masked. The image token is the first of them: its id is how many to
+    keep.
     """
     require(config, where, LLAVA_HF)
-    text, vision = config["text_config"], config["vision_config"]
+    text, vision = config.get("text_config"), config.get("vision_config")
+    text, vision = {} if text is None else text, CLIP_L_336 if vision is None else vision
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise UserError(f"{where}: text_config and vision_config should be JSON objects")
     require(vision, f"{where}: vision_config", {"model_type": ("clip_vision_model", None)})
     text = {**LLAMA_7B, **text}
     stored, image = text["vocab_size"], config.get("image_token_index", config.get("image_token_id"))
     if type(image) is not int or type(stored) is not int or not 0 <= stored - image <= 65 or image < 1:
-        raise UserError(f"{where}: image_token_index is {image!r}; it should be the first of the at most 65 tokens that "
-                        f"LLaVA added at the end of a vocabulary of {stored!r}")
+        raise UserError(f"{where}: image_token_index is {image!r}; it should be the first of the at most 65 tokens "
+                        f"that LLaVA added at the end of a vocabulary of {stored!r}")
     text |= {"vocab_size": image,
              "tie_word_embeddings": bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))}
-    return {"vision": vision or CLIP_L_336, "projector": {}, "llm": text}, stored
+    return {"vision": vision, "projector": {}, "llm": text}, stored
 
 
 class Trimmed(Tensors):
@@ -239,7 +245,7 @@ def llava(config: dict, where: str) -> tuple[dict[str, dict], bool]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Meta's own files
 
-# Where a matrix is cut in files for several GPUs: by rows or, for what reads a cut input, by columns. The rest is whole.
+# How matrices are cut in files for several GPUs: by rows or, where the input is cut, by columns. The rest is whole.
 META_CUTS = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0) | dict.fromkeys(("wo", "w2"), 1)
 
 
@@ -285,8 +291,8 @@ class Meta(Tensors):
                 raise UserError(f"{self.paths[0]}: holds no {name}")
         rows, need = len(self.shards) * len(self.shards[0]["layers.0.attention.wq.weight"]), p["dim"]
         if rows < need:
-            raise UserError(f"{self.dir}/consolidated.{len(self.shards):02d}.pth: this file is missing (the others hold "
-                            f"{rows} of the {need} rows of layers.0.attention.wq.weight)")
+            raise UserError(f"{self.dir}/consolidated.{len(self.shards):02d}.pth: this file is missing (the others "
+                            f"hold {rows} of the {need} rows of layers.0.attention.wq.weight)")
         inner = int(2 * 4 * p["dim"] / 3)                  # 2/3 of the usual 4 D, since SwiGLU has three matrices
         if p.get("ffn_dim_multiplier") is not None:
             inner = int(p["ffn_dim_multiplier"] * inner)
@@ -296,11 +302,13 @@ class Meta(Tensors):
         if theta not in (10000.0, 500000.0) or (scaled and theta != 500000.0):
             raise UserError(f"{where}: rope_theta {theta!r} is neither Llama-2's 10000 nor Llama-3's 500000; get this "
                             "model in Hugging Face's layout")
-        vocab = self.shape(embed)[0] if p.get("vocab_size", -1) == -1 else p["vocab_size"]       # -1: "as the tokenizer says"
-        config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": p["dim"], "num_hidden_layers": p["n_layers"],
-                  "intermediate_size": -(-inner // p["multiple_of"]) * p["multiple_of"], "rope_theta": theta,
-                  "num_attention_heads": p["n_heads"], "num_key_value_heads": p.get("n_kv_heads"),
-                  "rms_norm_eps": p["norm_eps"], "tie_word_embeddings": tied, "max_position_embeddings": 4096}
+        vocab = p.get("vocab_size", -1)
+        vocab = self.shape(embed)[0] if vocab == -1 else vocab                       # -1: "as the tokenizer says"
+        config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": p["dim"],
+                  "intermediate_size": -(-inner // p["multiple_of"]) * p["multiple_of"],
+                  "num_hidden_layers": p["n_layers"], "num_attention_heads": p["n_heads"],
+                  "num_key_value_heads": p.get("n_kv_heads"), "rms_norm_eps": p["norm_eps"], "rope_theta": theta,
+                  "max_position_embeddings": 4096, "tie_word_embeddings": tied}
         if theta == 500000.0:                              # control tokens come last; see llama._tiktoken
             config |= {"max_position_embeddings": 8192, "bos_token_id": vocab - 256,
                        "eos_token_id": [vocab - 255, vocab - 248, vocab - 247]}

@@ -33,8 +33,8 @@ def arguments(argv=None):
     p.add_argument("--chat", action="store_true", help="several questions at a prompt (--q is the first)")
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
     p.add_argument("--vision", help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
-    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as stored, but float32 for a model "
-                   "of less than 1 GB on a CPU")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as stored, but float32 for a "
+                   "model of less than 1 GB on a CPU")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")

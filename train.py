@@ -130,7 +130,8 @@ def build(args, device):
         if not (args.vision and args.llm) and not (vision / "config.json").is_file():
             raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
                             "or give --vision and --llm")
-        tower, model = (part.from_pretrained(dir, dtype=torch.float32) for part, dir in ((CLIPVision, vision), (Llama, llm)))
+        tower = CLIPVision.from_pretrained(vision, dtype=torch.float32)
+        model = Llama.from_pretrained(llm, dtype=torch.float32)
         config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
                             n_layers=tower.config.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64,
                             **variant(args))

@@ -1,13 +1,13 @@
 """Weights on disk: find them, rename them, check every one of them, put them into a module, write them back.
 
 All models here read and write the public layout: a folder with config.json and safetensors files (older ones: pickles,
-.bin), where each tensor has the name that Hugging Face's transformers gave it. Somebody (formats.py) knows how a public
-name maps to ours (`rename`) and which public tensors are of no use (`unneeded`); everything else is done by `load`, which
-is strict. A tensor that is missing, unknown, twice there or of the wrong shape ends the program with one line that names
+.bin), where each tensor has the name that Hugging Face's transformers gave it. formats.py knows how a public name maps
+to ours (`rename`) and which public tensors are of no use (`unneeded`); everything else is done by `load`, which is
+strict. A tensor that is missing, unknown, twice there or of the wrong shape ends the program with one line that names
 it. A model with one layer left at random looks almost right, and that costs days; an error costs a minute.
 
 Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
-and what is written to it later never reaches the file. So 13.5 GB load in no time, and there is no second copy of them.
+and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
 
 Also here, because every file needs them: the error for users, the entry point that prints it, the choice of a device.
 """
@@ -82,8 +82,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def pick_dtype(name: str, device: torch.device, nbytes: int) -> torch.dtype | None:
-    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a model
-    below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
+    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a
+    model below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in ("auto", *named):
         raise UserError(f"no such number format: {name!r} (choose auto, {', '.join(named)})")
@@ -153,11 +153,11 @@ def unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory of a mapped tensor that was read: the file still has it. (Elsewhere than on Linux, the system
-    does so only when memory runs short.) Never for memory that isn't a file's, and never after writing to it."""
+    """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems than Linux do so
+    when memory runs short.) Never for memory that isn't a file's, and never after writing to it."""
     if sys.platform == "linux":
         page = mmap.PAGESIZE
-        start = -(-tensor.data_ptr() // page) * page             # inwards: the first and the last page have other owners
+        start = -(-tensor.data_ptr() // page) * page         # inwards: the outermost pages have other owners, too
         end = (tensor.data_ptr() + tensor.nbytes) // page * page
         if end > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
@@ -166,9 +166,9 @@ def drop_pages(tensor: Tensor) -> None:
 class Tensors(Mapping):
     """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one tensor.
 
-    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither, pytorch_model.bin or
-    its index with shards. Opening checks that every file is complete and that index and shards agree about who holds
-    what, so nothing can go wrong halfway through a load.
+    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither, pytorch_model.bin
+    or its index with shards. Opening checks that every file is complete and that index and shards agree about who
+    holds what, so nothing can go wrong halfway through a load.
     """
 
     def __init__(self, dir: str | Path):
@@ -179,9 +179,9 @@ class Tensors(Mapping):
         if not there:
             names = ", ".join(name for store in STORES for name in store)
             raise UserError(f"{self.dir}: no weights here (looked for {names})")
-        single, index = (self.dir / name for name in there[0])   # the hub keeps .bin beside safetensors, for old programs
+        single, index = (self.dir / name for name in there[0])   # the hub often keeps .bin beside safetensors
         if single.is_file() and index.is_file():
-            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is out of date")
+            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated")
         table = self._read_index(index) if index.is_file() else None
         for path in [single] if table is None else sorted(set(table.values())):
             self._open(path)
@@ -277,7 +277,7 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
 
     rename: public name -> name in the module, or None for a name it doesn't know.
     unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
-    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has, which costs no memory).
+    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has, and costs no memory).
     A part of the module that is filled already, so isn't on meta any more, isn't missing.
     Raises UserError naming tensor and file when something is missing, unknown, twice there or of another shape.
     """

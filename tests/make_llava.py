@@ -3,8 +3,8 @@
     python tests/make_llava.py --out out/llava-random                     14.1 GB, to measure what a 7B model costs
     python tests/make_llava.py --out out/llava-random --layers 4          the same widths, fewer layers
 
-Tensor after tensor goes straight into its file, so this needs the memory of one: 0.8 GB. Weights are N(0, 0.02), norms 1
-and biases 0, so that all activations and logits stay finite in bfloat16. The answers are nonsense, of course.
+Tensor after tensor goes straight into its file, so this needs the memory of one (0.5 GB in all). Weights are
+N(0, 0.02), norms 1 and biases 0, so that activations and logits stay finite in bfloat16. The answers are nonsense.
 """
 import argparse
 import json
@@ -98,7 +98,8 @@ def main() -> None:
     index = {"metadata": {"total_size": total},
              "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
     (args.out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    (args.out / "config.json").write_text(json.dumps({**config(args.layers), "torch_dtype": args.dtype}, indent=1) + "\n")
+    said = {**config(args.layers), "torch_dtype": args.dtype}
+    (args.out / "config.json").write_text(json.dumps(said, indent=1) + "\n")
     if args.tokenizer:
         shutil.copyfile(args.tokenizer, args.out / "tokenizer.model")
     print(f"{args.out}: {len(sizes)} tensors, {total:,} bytes")

@@ -1,5 +1,6 @@
-"""Every public layout, written tiny: it loads and equals transformers; what is broken in it is named, tensor and file."""
+"""Every public layout, written tiny: it loads and equals transformers; what is broken is named, tensor and file."""
 import json
+import math
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import formats
+import make_llava
 import sample
 import toy
 import train
@@ -83,12 +85,27 @@ def shards(tensors, n, stem, ext):
     return files, {f"{single}.index.json": {"metadata": {}, "weight_map": table}}
 
 
+def once(make):
+    """Making these takes most of the time here, and nobody changes them."""
+    made = {}
+
+    def make_once(*given, **named):
+        key = json.dumps([given, named], sort_keys=True)
+        if key not in made:
+            made[key] = make(*given, **named)
+        return made[key]
+
+    return make_once
+
+
+@once
 def public_llama(tied=False, **more):
     return shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, **more}, tie_word_embeddings=tied)))
 
 
+@once
 def public_llava(tied=False, vision=VISION, text=TEXT):
-    """LlavaForConditionalGeneration with the rows that LLaVA added to its vocabulary: close to the mean, as on the hub."""
+    """LlavaForConditionalGeneration; rows added to its vocabulary are the mean of the others, nearly as on the hub."""
     V = text["vocab_size"]
     stored = (V + 2 + 63) // 64 * 64
     config = transformers.LlavaConfig(
@@ -131,8 +148,9 @@ def llava_hf(spelling="hub", n=3):
 
 
 ORIGINAL_CONFIG = {
-    **TEXT, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_hidden_size": 16, "hidden_act": "silu",
-    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    **TEXT, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "hidden_act": "silu",
+    "mm_hidden_size": 16, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
     "image_aspect_ratio": "pad", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "rope_scaling": None,
     "mm_vision_tower": "openai/clip-vit-large-patch14-336", "pretraining_tp": 1, "tie_word_embeddings": False}
 
@@ -166,7 +184,7 @@ def smollm2():
     tensors = public_llama(tied=True, num_key_value_heads=2).state_dict()
     del tensors["lm_head.weight"]
     return {"model.safetensors": tensors}, {"config.json": {
-        "model_type": "llama", **TEXT, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_interleaved": False}}
+        "model_type": "llama", **TEXT, "num_key_value_heads": 2, "tie_word_embeddings": True, "is_llama_config": True}}
 
 
 def llama31():
@@ -177,6 +195,7 @@ def llama31():
                                    "rope_scaling": scaling}, **index}
 
 
+@once
 def public_clip():
     return shaken(transformers.CLIPModel(transformers.CLIPConfig(
         vision_config=VISION, text_config=dict(vocab_size=60, hidden_size=20, intermediate_size=24, num_hidden_layers=1,
@@ -202,8 +221,9 @@ def meta(n, version):
     """Meta's files, n of them, from the same weights as the public model of that version (2, 3.1 or 3.2)."""
     kv = 4 if version == 2 else 2
     model = public_llama(num_key_value_heads=kv, tied=version == 3.2)
-    inner = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
-             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    inner = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+             "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+             "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
              "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
              "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
     files = {f"consolidated.{i:02d}.pth": {"rope.freqs": torch.ones(6)} for i in range(n)}
@@ -243,7 +263,8 @@ def test_language_models(tmp_path, layout):
         if "3" in layout:          # or else this test couldn't tell the factors from each other
             other = public_llama(**{**settings, "rope_parameters": dict(rope_theta=5e5, rope_type="default")})
             assert (other(ids).logits - oracle(ids).logits).abs().max() > 1e-2
-    assert net.config.tie_word_embeddings == (net.lm_head.weight is net.embed_tokens.weight) == settings.get("tied", False)
+    tied = net.lm_head.weight is net.embed_tokens.weight
+    assert net.config.tie_word_embeddings == tied == settings.get("tied", False)
 
 
 def test_llama_out_of_llava_folders(tmp_path):
@@ -359,11 +380,11 @@ def test_llava_hf_at_real_widths(tmp_path):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     vision = dict(image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
                   num_attention_heads=16)
-    text = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32,
-                rms_norm_eps=1e-5, max_position_embeddings=4096)
+    text = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4,
+                num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
     oracle = public_llava(vision=vision, text=text)
-    config = {**HF_CONFIG, "image_token_index": 32000, "vision_config": vision,
-              "text_config": dict(num_hidden_layers=4, vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)}
+    partial = dict(num_hidden_layers=4, vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
+    config = {**HF_CONFIG, "image_token_index": 32000, "vision_config": vision, "text_config": partial}
     folder, files = tmp_path / "x", spelt(oracle, "hub")
     folder.mkdir()
     save_file(files, folder / "model.safetensors", metadata={"format": "pt"})
@@ -416,7 +437,8 @@ def test_broken_folders(tmp_path, layout):
         refused("FILE", "missing", after=lambda path: path.unlink())
     if any("index" in name for name in make()[1]):
         refused("FILE", victim, "index.json", change=lambda t: t.pop(victim), index=False)
-        refused("FILE", "what.weight", "index.json", change=lambda t: t.update({"what.weight": torch.ones(2)}), index=False)
+        refused("FILE", "what.weight", "index.json", index=False,
+                change=lambda t: t.update({"what.weight": torch.ones(2)}))
 
 
 class Evil:
@@ -440,8 +462,9 @@ def test_a_pickle_runs_nothing(tmp_path, old):
     torch.load(file, weights_only=False)                                   # it would have
     assert (tmp_path / "touched").exists()
     sparse = torch.eye(3).to_sparse()
-    for content, word in (([torch.ones(2)], "list"), ({"model": {"a": torch.ones(2)}}, "'model'"), ({3: torch.ones(2)}, "3"),
-                          ({"s": sparse}, "'s'"), ({"m": torch.ones(2, device="meta")}, "'m'"), ({"n": 1}, "'n'")):
+    for content, word in (([torch.ones(2)], "list"), ({"model": {"a": torch.ones(2)}}, "'model'"), ({"n": 1}, "'n'"),
+                          ({3: torch.ones(2)}, "3 is"), ({"s": sparse}, "'s'"),
+                          ({"m": torch.ones(2, device="meta")}, "'m'")):
         torch.save(content, file, _use_new_zipfile_serialization=not old)
         with fails(file, word):
             CLIPVision.from_pretrained(folder)
@@ -484,7 +507,8 @@ def test_two_names_for_one_memory(tmp_path):
     {"vision_feature_layer": -1}, {"vision_feature_layer": [-2, -5]}, {"vision_feature_select_strategy": "full"},
     {"projector_hidden_act": "relu"}, {"multimodal_projector_bias": False}, {"quantization_config": {"bits": 4}},
     {"image_token_index": 5}, {"image_token_index": None}, {"image_token_index": 129}, {"text_config": 3},
-    {"text_config": {**TEXT, "model_type": "qwen2"}}, {"vision_config": {**VISION, "model_type": "siglip_vision_model"}},
+    {"text_config": {**TEXT, "model_type": "qwen2"}},
+    {"vision_config": {**VISION, "model_type": "siglip_vision_model"}},
     {"vision_config": {**VISION, "hidden_act": "gelu"}}, {"model_type": "llava_next"}])
 def test_other_llava_hf_models_are_refused(tmp_path, change):
     files, jsons = llava_hf()
@@ -533,9 +557,12 @@ def test_what_llava_hf_leaves_out_is_as_in_transformers(tmp_path):
             assert value == getattr(theirs.text_config, key), key
     assert (ours.vocab_size, stored) == (32000, 32064)
     assert vars(CLIPVisionConfig.from_dict(parts["vision"])) == vars(CLIPVisionConfig())
-    parts, _ = formats.llava_hf({**config, "vision_config": {}}, "config.json")
-    assert vars(CLIPVisionConfig.from_dict(parts["vision"])) == vars(CLIPVisionConfig())
-    assert transformers.LlavaConfig().vision_config.num_hidden_layers == 24
+    for change in ({}, {"vision_config": None}, {"vision_config": {}}, {"text_config": None}):
+        parts, _ = formats.llava_hf({**config, **change}, "config.json")
+        theirs = transformers.LlavaConfig(**{**config, **change})
+        for key, value in vars(CLIPVisionConfig.from_dict(parts["vision"])).items():
+            assert value == getattr(theirs.vision_config, key), (change, key)
+        assert LlamaConfig.from_dict(parts["llm"]).rms_norm_eps == theirs.text_config.rms_norm_eps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,6 +614,29 @@ def test_number_formats():
     assert weights.pick_dtype("auto", gpu, 5e8) is None and weights.pick_dtype("float16", cpu, 9) == torch.float16
     with fails("int3"):
         weights.pick_dtype("int3", cpu, 9)
+
+
+def test_the_real_sizes():
+    """What the hub's index files say: tensors and bytes of llava-hf/llava-1.5-7b-hf and of liuhaotian/llava-v1.5-7b."""
+    sizes = make_llava.shapes(32)
+    assert (len(sizes), 2 * sum(map(math.prod, sizes.values()))) == (686, 14_126_854_144)
+    llm = {name: math.prod(shape) for name, shape in sizes.items() if not name.startswith("vision_tower")}
+    extra = 2 * 64 * 4096                          # rows of the vocabulary; and 32 inv_freq of 64 float32
+    assert 2 * (sum(llm.values()) - extra) + 32 * 64 * 4 == 13_518_798_848
+
+
+def test_the_random_llava_has_the_layout(tmp_path, monkeypatch):
+    """tests/make_llava.py, of which only the sizes are cut."""
+    sizes = {name: tuple(min(n, 8) for n in shape) for name, shape in make_llava.shapes(2).items()}
+    monkeypatch.setattr(make_llava, "shapes", lambda layers: sizes)
+    monkeypatch.setattr(sys, "argv", ["make_llava.py", "--out", str(tmp_path), "--layers", "2"])
+    make_llava.main()
+    folder = Folder(tmp_path)
+    assert {name: folder.tensors.shape(name) for name in folder.tensors} == sizes and len(folder.tensors.handles) == 3
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in folder.tensors.values())
+    assert (folder.parts["llm"]["num_hidden_layers"], folder.parts["llm"]["vocab_size"]) == (2, 32000)
+    table = folder.tensors["vision_tower.vision_model.embeddings.position_embedding.weight"]
+    assert 0.005 < table.float().std() < 0.04 and folder.tensors["language_model.model.norm.weight"].eq(1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -655,7 +705,8 @@ def worded(tmp_path_factory):
 
 
 def test_sample_asks_llava(worded, capsys):
-    ask = ["--image", str(ROOT / "assets" / "scene.png"), "--q", "What is this?", "--max-new-tokens", "6", "--device", "cpu"]
+    ask = ["--image", str(ROOT / "assets" / "scene.png"), "--q", "What is this?", "--max-new-tokens", "6", "--device",
+           "cpu"]
     answers = []
     for folder in (["hf"], ["original", "--vision", str(worded / "clip")]):
         sample.main([*ask, "--model", str(worded / folder[0]), *folder[1:]])
@@ -684,7 +735,8 @@ def test_plain_llava_trains_too(worded, tmp_path):
     """Stage 2 of LLaVA itself; the tower's last block, which nobody reads, is frozen even if the tower is trained."""
     model = VLM.from_pretrained(worded / "hf")
     trained = train.freeze(model, 2, train_vision=True)
-    assert "vision.layers.1.mlp.fc1.weight" in trained and not any(name.startswith("vision.layers.2.") for name in trained)
+    assert "vision.layers.1.mlp.fc1.weight" in trained
+    assert not any(name.startswith("vision.layers.2.") for name in trained)
     arguments = ["--stage", "2", "--model", str(worded / "hf"), "--steps", "1", "--batch", "2", "--device", "cpu"]
     train.main([*arguments, "--out", str(tmp_path)])
     assert VLM.from_pretrained(tmp_path).fuser.name == "llava"
