@@ -164,7 +164,8 @@ class Folder:
 
     def _spare_head(self) -> list[str]:
         """Where the output matrix is the embedding (tied), some files hold it twice. A true copy is spare."""
-        if not self.parts.get("llm", {}).get("tie_word_embeddings"):
+        llm = self.parts.get("llm")
+        if not isinstance(llm, dict) or not llm.get("tie_word_embeddings"):
             return []
         names = {self.rename(public): public for public in self.tensors}
         head, embed = names.get("llm.lm_head.weight"), names.get("llm.embed_tokens.weight")
