@@ -298,7 +298,8 @@ class Meta(Tensors):
         if p.get("ffn_dim_multiplier") is not None:
             inner = int(p["ffn_dim_multiplier"] * inner)
         embed, head = (name if name in self.files else None for name in ("tok_embeddings.weight", "output.weight"))
-        tied = head is None or (self.shape(head) == self.shape(embed) and torch.equal(self[head], self[embed]))
+        tied = head is None or (self.shape(head) == self.shape(embed) and all(       # one row is enough to tell most
+            torch.equal(self[head][:n], self[embed][:n]) for n in (1, None)))
         theta, scaled = p.get("rope_theta", 10000.0), p.get("use_scaled_rope", False)
         if theta not in (10000.0, 500000.0) or (scaled and theta != 500000.0):
             raise UserError(f"{where}: rope_theta {theta!r} is neither Llama-2's 10000 nor Llama-3's 500000; get this "

@@ -1,4 +1,5 @@
 """Every public layout, written tiny: it loads and equals transformers; what is broken is named, tensor and file."""
+import io
 import json
 import math
 import os
@@ -608,6 +609,19 @@ def test_loading_copies_nothing_and_converting_leaves_nothing_behind(tmp_path, n
     assert torch.equal(net.weight, tensors["weight"].float())
     assert sum(rss for _, rss in mapped(file).values()) < 200
     assert torch.equal(store["weight"], tensors["weight"])                           # read again from the file
+
+
+def test_a_bar_for_large_models_where_somebody_watches(tmp_path, monkeypatch):
+    write(tmp_path, {"model.safetensors": {"weight": torch.ones(3, 2)}}, {})
+    for terminal, big, shown in ((True, 24, True), (True, 25, False), (False, 24, False)):
+        screen = io.StringIO()
+        screen.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(weights, "BIG", big)
+        with weights.skeleton():
+            net = nn.Linear(2, 3, bias=False)
+        weights.load(net, Tensors(tmp_path), lambda name: name)
+        assert ("loading" in screen.getvalue()) == shown
 
 
 def test_number_formats():
