@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 import weights
-from clip import CLIPVision, CLIPVisionConfig, attention
+from baselines import LLaVA, LLaVAConfig
+from clip import FIXED, CLIPVision, CLIPVisionConfig, attention
+from formats import Folder, llava_hf_name
 from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
 from weights import UserError
 
@@ -199,7 +201,7 @@ class CCRA(nn.Module):
 
     def __init__(self, config: CCRAConfig):
         super().__init__()
-        self.config, self.width = config, 2 * config.vision_dim
+        self.config, self.width, self.n_blocks = config, 2 * config.vision_dim, config.n_layers
         self.scorer = TokenScorer(config.text_dim, config.d_hidden)
         self.lpwca, self.lwca, self.pwca = (CrossAttention(config) for _ in range(3))
         self.freeze_unused()
@@ -308,11 +310,15 @@ class CCRA(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The vision-language model
 
+FUSERS = {fuser.name: (fuser, config) for fuser, config in ((CCRA, CCRAConfig), (LLaVA, LLaVAConfig))}
+
+
 class VLM(nn.Module):
     """Algorithm 1: vision tower -> fuser -> projector -> language model. Tensors only; prompts and text are elsewhere.
 
-    fuser: CCRA, or anything with .width, .name, .config (a dataclass) and forward(hidden (L+1, B, 1+N, d),
-    F_t (B, T, D), mask (B, T)) -> features (B, N', width), maps. `image`, `query`: how this model wants its inputs.
+    fuser: CCRA, or one of baselines.py, with which this is plain LLaVA-1.5, for instance: anything with .width, .name,
+    .config (a dataclass), .n_blocks and forward(hidden (L+1, B, 1+N, d), F_t (B, T, D), mask (B, T)) -> features
+    (B, N', width), maps. `image`, `query`: how this model wants its inputs.
     """
 
     def __init__(self, vision: CLIPVision, llm: Llama, fuser: nn.Module, projector: nn.Module, pad=True, query="all"):
@@ -322,15 +328,19 @@ class VLM(nn.Module):
         self.query = query             # which of the user's turns are F_t
 
     @classmethod
-    def build(cls, vision: CLIPVision, llm: Llama, config: CCRAConfig, pad=True, query="all") -> "VLM":
-        """A new model from two towers; CCRA and projector start at torch's defaults. UserError if sizes don't fit."""
+    def build(cls, vision: CLIPVision, llm: Llama, config: CCRAConfig | LLaVAConfig, pad=True, query="all") -> "VLM":
+        """A new model from two towers; fuser and projector start at torch's defaults. UserError if sizes don't fit.
+
+        config: of the fuser, and so its choice.
+        """
         D, tower = llm.config.hidden_size, vision.config
+        fuser = next(fuser for fuser, kind in FUSERS.values() if type(config) is kind)
         for name, size in dict(text_dim=D, vision_dim=tower.hidden_size, n_layers=tower.num_hidden_layers).items():
-            if getattr(config, name) != size:
-                raise UserError(f"CCRA: {name} = {getattr(config, name)}, but these towers need {size}")
+            if getattr(config, name, size) != size:
+                raise UserError(f"{fuser.__name__}: {name} = {getattr(config, name)}, but these towers need {size}")
         if query not in QUERIES or type(pad) is not bool:
             raise UserError(f"query = {query!r} should be one of {', '.join(QUERIES)}, and pad = {pad!r} true or false")
-        fuser = CCRA(config)           # the projector is LLaVA's, but reads 2d channels where LLaVA's reads d
+        fuser = fuser(config)          # the projector is LLaVA's, but with CCRA it reads 2d channels
         return cls(vision, llm, fuser, nn.Sequential(nn.Linear(fuser.width, D), nn.GELU(), nn.Linear(D, D)), pad, query)
 
     def look(self, pixels, query, query_mask, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
@@ -343,7 +353,7 @@ class VLM(nn.Module):
             raise UserError("the query holds a negative id; it takes text only, without the picture's place")
         trained = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            hidden = self.vision(pixels)                                                 # (L+1, B, 1+N, d)
+            hidden = self.vision(pixels, self.fuser.n_blocks)                            # (L+1, B, 1+N, d)
         F_t = self.llm.embed(query.masked_fill(~query_mask, 0))                          # (B, Q, D)
         if isinstance(self.fuser, CCRA):
             F_stack = hidden[1:, :, 1:].transpose(0, 1)                                  # (B, L, N, d), not a copy
@@ -455,39 +465,93 @@ class VLM(nn.Module):
             yield token
             embeds = self.llm.embed(token[:, None])                                      # (B, 1, D)
 
-    def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None) -> None:
+    def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9) -> None:
         """Write config.json, the weights and a copy of tokenizer_file: a folder that sample.py and train.py take."""
         config = {"model_type": "nanoccra", "vision": asdict(self.vision.config), "llm": self.llm.config.to_dict(),
                   "fuser": {"name": self.fuser.name, **asdict(self.fuser.config)},
                   "image": self.image, "query": self.query}
-        weights.save(dir, dict(self.named_parameters()), config)       # which lists a tied head once
-        if tokenizer_file is not None:
-            target = Path(dir) / Path(tokenizer_file).name
-            if not (target.exists() and target.samefile(tokenizer_file)):
-                weights.write_beside(target, lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+        weights.save(dir, dict(self.named_parameters()), config, max_shard_bytes)      # which lists a tied head once
+        copy_tokenizer(dir, tokenizer_file)
+
+    def export_llava(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9) -> None:
+        """Write a plain LLaVA model as a llava-hf folder: transformers' LlavaForConditionalGeneration, same logits.
+
+        UserError for any other fuser: there is no place for it in that layout. transformers wants <image> and <pad> in
+        the vocabulary, and the hub's models pad it to a multiple of 64. The new rows are the mean of the others (on the
+        hub they scatter about it, closely): the logit of a mean row is the mean logit, so it is never the highest.
+        """
+        if not isinstance(self.fuser, LLaVA):
+            raise UserError(f"only plain LLaVA can be written as a llava-hf folder, not the fuser {self.fuser.name!r}")
+        V = self.llm.config.vocab_size
+        extra = -(-(V + 2) // 64) * 64 - V
+        tensors = {}
+        for name, p in self.named_parameters():
+            if name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+                p = torch.cat([p, p.float().mean(0, keepdim=True).to(p.dtype).expand(extra, -1)])    # (V + extra, D)
+            tensors[llava_hf_name(name)] = p
+        config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": V,
+                  "pad_token_id": V + 1, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+                  "vision_feature_select_strategy": "default", "image_seq_length": self.vision.grid ** 2,
+                  "tie_word_embeddings": self.llm.config.tie_word_embeddings,
+                  "torch_dtype": str(self.projector[0].weight.dtype).removeprefix("torch."),
+                  "text_config": {**self.llm.config.to_dict(), "vocab_size": V + extra},
+                  "vision_config": {"model_type": "clip_vision_model", **asdict(self.vision.config), **FIXED}}
+        weights.save(dir, tensors, config, max_shard_bytes)
+        copy_tokenizer(dir, tokenizer_file)
 
     @classmethod
-    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None) -> "VLM":
-        """Read what `save_pretrained` wrote (dtype None: as it is there). UserError for whatever doesn't fit."""
-        config = weights.read_config(dir)
-        if config.get("model_type") != "nanoccra":
-            raise UserError(f"{dir}: model_type {config.get('model_type')!r}; a model saved here says 'nanoccra'")
-        for part in ("vision", "llm", "fuser", "image"):
-            if not isinstance(config.get(part), dict):
-                raise UserError(f"{dir}: config.json has no {part!r}")
-        fuser = dict(config["fuser"])
-        if (name := fuser.pop("name", None)) != CCRA.name:
-            raise UserError(f"{dir}: config.json has a fuser {name!r}, which is unknown (only {CCRA.name!r})")
-        if unknown := fuser.keys() - CCRAConfig.__dataclass_fields__.keys():
-            raise UserError(f"{dir}: config.json gives the fuser {min(unknown)!r}, which is unknown")
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None, device=None,
+                        vision: str | Path | None = None) -> "VLM":
+        """Read what `save_pretrained` wrote, or plain LLaVA-1.5 in llava-hf's or liuhaotian's layout (formats.py).
+
+        dtype None: as it is stored. vision: the folder of the CLIP tower, for liuhaotian's layout, which has none.
+        UserError for whatever doesn't fit.
+        """
+        folder = Folder(dir)
+        if folder.layout not in ("nanoccra", "llava", "llava_hf"):
+            raise UserError(f"{folder.where}: model_type {folder.config.get('model_type')!r} is not a vision-language "
+                            "model (train.py --vision --llm makes one of its two halves)")
+        if vision is not None and folder.layout != "llava":
+            raise UserError(f"{folder.dir}: holds a vision tower of its own, so none is needed from {vision}")
+        if vision is None and folder.layout == "llava":
+            raise UserError(f"{folder.dir}: has no vision tower; download {folder.config.get('mm_vision_tower')} and "
+                            "give its folder, too: --vision DIR")
+        tower = None if vision is None else Folder(vision)
         with weights.skeleton():
-            vision = CLIPVision(CLIPVisionConfig.from_dict(config["vision"]))
-            llm = Llama(LlamaConfig.from_dict(config["llm"]))
-            model = cls.build(vision, llm, CCRAConfig(**fuser), config["image"].get("pad"), config.get("query"))
-        if config["image"] != model.image:
-            raise UserError(f"{dir}: config.json says image {config['image']}, its vision tower takes {model.image}")
-        own = {name: name for name, _ in model.named_parameters()}
-        return weights.load(model, weights.Tensors(dir), own.get, (), dtype, device)
+            eyes = CLIPVision(CLIPVisionConfig.from_dict((tower or folder).part("vision")))
+            llm = Llama(LlamaConfig.from_dict(folder.part("llm"), folder.where))
+            if folder.layout == "nanoccra":
+                model = cls.build(eyes, llm, read_fuser(folder), folder.part("image").get("pad"),
+                                  folder.config.get("query"))
+            else:
+                sizes = LLaVAConfig(eyes.config.hidden_size, eyes.config.num_hidden_layers)
+                model = cls.build(eyes, llm, sizes, folder.pad)
+        if folder.parts.get("image", model.image) != model.image:
+            raise UserError(f"{dir}: config.json says image {folder.part('image')}, its tower takes {model.image}")
+        width = folder.config.get("mm_hidden_size", eyes.config.hidden_size)
+        if width != eyes.config.hidden_size:
+            raise UserError(f"{vision}: a tower {eyes.config.hidden_size} wide, but {folder.where} says mm_hidden_size "
+                            f"{width}; it wants {folder.config.get('mm_vision_tower')}")
+        if tower is not None and not folder.holds("vision"):     # some fine-tunes hold the tower that they trained
+            tower.fill(eyes, "vision", dtype, device)
+        return folder.fill(model, dtype=dtype, device=device)
+
+
+def read_fuser(folder: Folder) -> CCRAConfig | LLaVAConfig:
+    """The fuser's configuration, which says what fuser it is, in one of our own folders."""
+    fields = dict(folder.part("fuser"))
+    if (name := fields.pop("name", None)) not in FUSERS:
+        raise UserError(f"{folder.where}: has a fuser {name!r}, which is unknown (choose {' or '.join(FUSERS)})")
+    config = FUSERS[name][1]
+    if unknown := fields.keys() - config.__dataclass_fields__.keys():
+        raise UserError(f"{folder.where}: gives the fuser {min(unknown)!r}, which is unknown")
+    return config(**fields)
+
+
+def copy_tokenizer(dir: str | Path, file: str | Path | None) -> None:
+    target = Path(dir) / Path(file or "").name
+    if file is not None and not (target.exists() and target.samefile(file)):
+        weights.write_beside(target, lambda tmp: shutil.copyfile(file, tmp))
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

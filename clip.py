@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
+from formats import Folder, tower_name
 from weights import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,24 +240,9 @@ class CLIPTextConfig:
         return _read(cls, config, asdict(cls()))
 
 
-def _part(config, name):
-    """"vision_config" or "text_config" of CLIP's public config.json. Old files hold a *_dict too, which transformers
-    obeys; a part that isn't there is all defaults."""
-    return config.get(f"{name}_dict") or config.get(name) or {}
-
-
-def _to_public(name):
-    """A tower's own tensor name -> the public one (without vision_model. or text_model.)."""
-    if name.startswith("layers."):
-        return f"encoder.{name}"
-    if "_embedding" in name:
-        return f"embeddings.{name}" + (".weight" if name == "position_embedding" else "")
-    return name
-
-
 def _from_public(tower):
     """The inverse: {public name: own name} of one tower."""
-    return {_to_public(name): name for name, _ in tower.named_parameters()}
+    return {tower_name(name): name for name, _ in tower.named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,24 +290,11 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None):
-        """The image tower of a public CLIPVisionModel or CLIPModel folder, or of a vision-language model saved here."""
-        config, tensors, unneeded = weights.read_config(dir), weights.Tensors(dir), ("*.position_ids",)
-        if "vision" in config:
-            shape, unneeded = config["vision"], ("fuser.*", "projector.*", "llm.*")
-        elif config.get("model_type") in ("clip", "clip_vision_model"):
-            unneeded += ("text_model.*", "visual_projection.weight", "text_projection.weight", "logit_scale")
-            shape = _part(config, "vision_config") if config["model_type"] == "clip" else config
-        else:
-            raise UserError(f"{dir}: model_type {config.get('model_type')!r} holds no image tower that can be read "
-                            f"(clip, clip_vision_model or a model saved by this project)")
+        """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel, llava-hf's, ours."""
+        folder = Folder(dir)
         with weights.skeleton():
-            tower = cls(CLIPVisionConfig.from_dict(shape))
-        if "vision" in config:
-            names = {f"vision.{name}": name for name, _ in tower.named_parameters()}
-        else:                   # transformers 5 leaves the prefix vision_model. out of a CLIPVisionModel folder
-            names = _from_public(tower)
-            names |= {f"vision_model.{public}": name for public, name in names.items()}
-        return weights.load(tower, tensors, names.get, unneeded, dtype, device)
+            tower = cls(CLIPVisionConfig.from_dict(folder.part("vision")))
+        return folder.fill(tower, "vision", dtype, device)
 
 
 class CLIPText(nn.Module):
@@ -390,14 +363,11 @@ class CLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None):
         """From a public CLIPModel folder."""
-        config = weights.read_config(dir)
-        if config.get("model_type") != "clip":
-            raise UserError(f"{dir}: model_type {config.get('model_type')!r}, but a whole CLIP is needed ('clip')")
+        folder = Folder(dir)
         with weights.skeleton():
-            model = cls(CLIPVisionConfig.from_dict(_part(config, "vision_config")),
-                        CLIPTextConfig.from_dict(_part(config, "text_config")),
-                        config.get("projection_dim", 512))
-        return weights.load(model, weights.Tensors(dir), model._public_names().get, ("*.position_ids",), dtype, device)
+            model = cls(CLIPVisionConfig.from_dict(folder.part("vision")),
+                        CLIPTextConfig.from_dict(folder.part("text")), folder.config.get("projection_dim", 512))
+        return folder.fill(model, dtype=dtype, device=device)
 
     def save_pretrained(self, dir):
         """Writes a public CLIPModel folder, which transformers and the two from_pretrained here read."""

@@ -20,18 +20,18 @@ from ccra import VLM
 from clip import preprocess
 from data import collate, prompt, query_of
 from llama import Tokenizer
-from weights import pick_device, run
+from weights import pick_device, pick_dtype, run, stored_bytes
 
 
 def answers(model: VLM, tokenizer: Tokenizer, asked, batch: int, max_new_tokens: int, device):
     """Greedy answers, in order, to [(PIL image, turns as for data.prompt)]; prompts of like length share a batch."""
     rows = [prompt(turns, tokenizer) for _, turns in asked]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    texts, size = [""] * len(rows), model.vision.config.image_size
+    texts = [""] * len(rows)
     for at in tqdm(range(0, len(rows), batch), desc="answering", unit="batch", file=sys.stderr):
         chosen = by_length[at:at + batch]
         b = collate([dict(ids=rows[i].ids, labels=rows[i].labels, query=query_of(rows[i].turns, model.query),
-                          pixels=preprocess(asked[i][0], size, pad=True)) for i in chosen])
+                          pixels=preprocess(asked[i][0], **model.image)) for i in chosen])
         b = {k: v.to(device) for k, v in b.items() if k != "labels"}
         steps = list(model.generate(**b, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids))
         for row, i in zip(torch.stack(steps, 1).tolist() if steps else [[]] * len(chosen), chosen):
@@ -101,12 +101,15 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=4000, help="how many")
     p.add_argument("--grey", action="store_true", help="answer about grey pictures, too")
     p.add_argument("--batch", type=int, default=100)
+    p.add_argument("--vision", help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as in sample.py")
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.add_argument("--wrong", type=int, default=0, metavar="K", help="also print the first K wrong answers")
     args = p.parse_args(argv)
     device = pick_device(args.device)
-    model = VLM.from_pretrained(args.model, dtype=torch.float32, device=device).eval()
+    dtype = pick_dtype(args.dtype, device, stored_bytes(args.model))
+    model = VLM.from_pretrained(args.model, dtype=dtype, device=device, vision=args.vision).eval()
     tokenizer = Tokenizer.from_pretrained(args.model)
     items = toy.exam(args.seed, args.n)
     texts = sit(model, tokenizer, items, args.batch, device)

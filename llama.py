@@ -25,7 +25,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from clip import attention
-from weights import Tensors, UserError, load, read_config, read_json, save, skeleton
+from formats import Folder
+from weights import UserError, read_config, read_json, save, skeleton
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,33 +306,16 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, embeds, mask, positions, cache))
 
     @classmethod
-    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype = torch.float32, device="cpu",
-                        prefix: str = "") -> "Llama":
-        """Read a Hugging Face Llama folder; with prefix "llm.", the language model inside a VLM's folder.
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu") -> "Llama":
+        """Read the language model out of any folder that holds one: Hugging Face's, Meta's, a vision-language model's.
 
-        UserError for anything that doesn't fit exactly, and for architectures that only resemble Llama.
+        dtype None: as stored, which costs no memory until it is used. UserError for anything that doesn't fit exactly,
+        and for architectures that only resemble Llama.
         """
-        config = read_config(dir)
-        if prefix:
-            config = config.get(prefix.rstrip("."))
-            if not isinstance(config, dict):
-                raise UserError(f"{dir}: no {prefix.rstrip('.')!r} in config.json, so no language model in this folder")
+        folder = Folder(dir)
         with skeleton():
-            model = cls(LlamaConfig.from_dict(config, f"{dir}/config.json"))
-        unneeded = [prefix + "*.rotary_emb.inv_freq"]                                # old saves; the config gives it
-        if prefix:
-            unneeded += ["vision.*", "fuser.*", "projector.*"]                       # the rest of a VLM
-        tensors, head, embed = Tensors(dir), prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
-        if model.config.tie_word_embeddings and head in tensors and embed in tensors:
-            if not torch.equal(tensors[head], tensors[embed]):
-                raise UserError(f"{tensors.file(head)}: {head} differs from {embed}, but config.json's "
-                                "tie_word_embeddings says they are one")
-            unneeded.append(head)
-
-        def rename(name: str) -> str | None:
-            return name.removeprefix(prefix).removeprefix("model.") if name.startswith(prefix) else None
-
-        return load(model, tensors, rename, tuple(unneeded), dtype, device)
+            model = cls(LlamaConfig.from_dict(folder.part("llm"), folder.where))
+        return folder.fill(model, "llm", dtype, device)
 
     def save_pretrained(self, dir: str | Path) -> None:
         """Write the public layout, which transformers' LlamaForCausalLM reads; a tied head is not written twice."""
@@ -373,7 +357,7 @@ class Tokenizer:
         (byte pairs: SmolLM2, Llama 3). Which of the two a tokenizer.model is, its first line tells."""
         dir = Path(dir)
         config = read_config(dir) if (dir / "config.json").is_file() else {}
-        config = config.get("llm", config)                                           # in a VLM's folder
+        config = config.get("llm") or config.get("text_config") or config            # in a VLM's folder
         if (file := dir / "tokenizer.model").is_file():
             read = _tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read_bytes()[:200]) else _sentencepiece
             return cls(file, *read(file, config))

@@ -4,7 +4,10 @@
     python sample.py --image assets/scene.png --chat          several questions, with history
 
 The answer, and nothing else, goes to stdout as it is written; times go to stderr. The default model is the embedded one
-(toy.py), which knows a small world of drawn objects; --model takes any folder that train.py wrote.
+(toy.py), which knows a small world of drawn objects; --model takes any folder that train.py wrote, and LLaVA-1.5:
+
+    python sample.py --model llava-1.5-7b-hf --image x.jpg --q "What is this?"
+    python sample.py --model llava-v1.5-7b --vision clip-vit-large-patch14-336 --image x.jpg --q "What is this?"
 
 In a chat, "/image FILE" changes the picture and begins anew, "/new" begins anew, "/quit" or Ctrl-D ends it, and Ctrl-C
 stops an answer. A new question changes what CCRA reads from the picture, so every turn reads picture and history again.
@@ -20,7 +23,7 @@ from ccra import VLM
 from clip import open_image, preprocess
 from data import collate, prompt, query_of
 from llama import Tokenizer
-from weights import UserError, pick_device, read_config, run
+from weights import UserError, pick_device, pick_dtype, read_config, run, stored_bytes
 
 
 def arguments(argv=None):
@@ -29,6 +32,9 @@ def arguments(argv=None):
     p.add_argument("--q", help="the question")
     p.add_argument("--chat", action="store_true", help="several questions at a prompt (--q is the first)")
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
+    p.add_argument("--vision", help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as stored, but float32 for a "
+                   "model of less than 1 GB on a CPU")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")
@@ -47,8 +53,8 @@ class Asker:
 
     def __init__(self, args):
         self.args, device = args, pick_device(args.device)
-        dtype = torch.float32 if device.type == "cpu" else None        # half precision is slow or absent on most CPUs
-        self.model = VLM.from_pretrained(args.model, dtype=dtype, device=device).eval()
+        dtype = pick_dtype(args.dtype, device, stored_bytes(args.model))
+        self.model = VLM.from_pretrained(args.model, dtype=dtype, device=device, vision=args.vision).eval()
         self.tokenizer, self.device = Tokenizer.from_pretrained(args.model), device
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.toy = read_config(args.model).get("world") == "toy"
@@ -58,7 +64,7 @@ class Asker:
         image = open_image(path)
         if self.toy and not toy.knows(image):
             print(f"note: {toy.KNOWS}", file=sys.stderr)
-        return preprocess(image, self.model.vision.config.image_size, pad=True)
+        return preprocess(image, **self.model.image)
 
     def ask(self, pixels, turns, started):
         """turns as for data.prompt, the last one without an answer; started: perf_counter when waiting began."""

@@ -130,7 +130,8 @@ def build(args, device):
         if not (args.vision and args.llm) and not (vision / "config.json").is_file():
             raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
                             "or give --vision and --llm")
-        tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm)
+        tower = CLIPVision.from_pretrained(vision, dtype=torch.float32)
+        model = Llama.from_pretrained(llm, dtype=torch.float32)
         config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
                             n_layers=tower.config.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64,
                             **variant(args))
@@ -142,6 +143,8 @@ def build(args, device):
         raise UserError(f"{folder}: not there yet; run --stage 1 first, or give --model")
     model = VLM.from_pretrained(folder, dtype=torch.float32, device=device)
     if variant(args):           # none of these changes a shape, so stage 2 may choose anew
+        if not isinstance(model.fuser, CCRA):
+            raise UserError(f"{folder}: its fuser is {model.fuser.name!r}; --norm, --order and --off belong to CCRA")
         fuser = CCRA(replace(model.fuser.config, **variant(args))).to(device)
         fuser.load_state_dict(model.fuser.state_dict())
         model.fuser = fuser
@@ -159,12 +162,15 @@ def freeze(model: VLM, stage: int, mode="on", train_vision=False):
     """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns what is trained.
 
     mode is how CCRA runs: if it is on in stage 1, it is trained there as well. What no gradient reaches (an ablated
-    part) was frozen when the model was built and stays so; the tower's last norm, which nobody reads, joins it.
+    part) was frozen when the model was built and stays so; what nobody reads of the tower, its last norm and for plain
+    LLaVA its last block, joins it.
     """
     parts = ("projector.", "fuser.")[:1 + (mode == "on")] if stage == 1 else ("projector.", "fuser.", "llm.")
     parts += ("vision.",) if train_vision else ()
+    unread = ("vision.post_layernorm.",)
+    unread += tuple(f"vision.layers.{i}." for i in range(model.fuser.n_blocks, len(model.vision.layers)))
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and name.startswith(parts) and not name.startswith("vision.post_layernorm"))
+        p.requires_grad_(p.requires_grad and name.startswith(parts) and not name.startswith(unread))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

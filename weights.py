@@ -1,14 +1,19 @@
 """Weights on disk: find them, rename them, check every one of them, put them into a module, write them back.
 
-All models here read and write the public layout: a folder with config.json and safetensors files, where each tensor has
-the name that Hugging Face's transformers gave it. A class knows how a public name maps to its own (`rename`) and which
-public tensors it has no use for (`unneeded`); everything else is done by `load`, which is strict. A tensor that is
-missing, unknown, twice there or of the wrong shape ends the program with one line that names it. A model with one layer
-left at random looks almost right, and that costs days; an error costs a minute.
+All models here read and write the public layout: a folder with config.json and safetensors files (older ones: pickles,
+.bin), where each tensor has the name that Hugging Face's transformers gave it. formats.py knows how a public name maps
+to ours (`rename`) and which public tensors are of no use (`unneeded`); everything else is done by `load`, which is
+strict. A tensor that is missing, unknown, twice there or of the wrong shape ends the program with one line that names
+it. A model with one layer left at random looks almost right, and that costs days; an error costs a minute.
+
+Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
+and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
 
 Also here, because every file needs them: the error for users, the entry point that prints it, the choice of a device.
 """
+import ctypes
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
+PICKLE = "pytorch_model.bin"               # the same before safetensors, by torch.save
+STORES = ((SINGLE, INDEX), (PICKLE, "pytorch_model.bin.index.json"))
+
+BIG = 1e9              # bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
 
 
 class UserError(Exception):
@@ -71,6 +81,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def pick_dtype(name: str, device: torch.device, nbytes: int) -> torch.dtype | None:
+    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a
+    model below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in ("auto", *named):
+        raise UserError(f"no such number format: {name!r} (choose auto, {', '.join(named)})")
+    return named.get(name, torch.float32 if device.type == "cpu" and nbytes < BIG else None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -104,22 +123,65 @@ def read_config(dir: str | Path) -> dict:
     return read_json(dir / "config.json")
 
 
-class Tensors(Mapping):
-    """A folder's tensors by public name. Only headers are read at first; `self[name]` reads that one tensor.
+def is_zip(path: Path) -> bool:
+    """What torch.save writes since 1.6 is a zip archive, and can be mapped."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
-    Accepts model.safetensors, or model.safetensors.index.json with its shards. Opening checks that every file is
-    complete and that index and shards agree about who holds what, so nothing can go wrong halfway through a load.
+
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, mapped if the format allows it.
+
+    A pickle is a program. torch.load(weights_only=True) runs none of it but what makes plain data; a file that wants
+    more, is cut short or holds anything but named tensors is a UserError.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except Exception as e:       # on bad bytes it raises UnpicklingError, RuntimeError, EOFError, IndexError and others
+        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        refused = lines[0].startswith("Weights only load failed") and len(lines) > 1       # the reason stands below
+        reason = lines[refused].split(". ")[0].strip()
+        raise UserError(f"{path}: not a complete file of plain tensors ({reason}); download it again, or get its "
+                        "safetensors") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and not tensor.is_quantized
+        if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{path}: {name!r} is not a plain tensor ({type(tensor).__name__})")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems than Linux do so
+    when memory runs short.) Never for memory that isn't a file's, and never after writing to it."""
+    if sys.platform == "linux":
+        page = mmap.PAGESIZE
+        start = -(-tensor.data_ptr() // page) * page         # inwards: the outermost pages have other owners, too
+        end = (tensor.data_ptr() + tensor.nbytes) // page * page
+        if end > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+class Tensors(Mapping):
+    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one tensor.
+
+    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither, pytorch_model.bin
+    or its index with shards. Opening checks that every file is complete and that index and shards agree about who
+    holds what, so nothing can go wrong halfway through a load.
     """
 
     def __init__(self, dir: str | Path):
         self.dir = Path(dir)
-        single, index = self.dir / SINGLE, self.dir / INDEX
+        self.handles: dict[Path, safe_open | dict] = {}          # file -> open file
+        self.files: dict[str, Path] = {}                         # tensor -> file that holds it
+        there = [store for store in STORES if any((self.dir / name).is_file() for name in store)]
+        if not there:
+            names = ", ".join(name for store in STORES for name in store)
+            raise UserError(f"{self.dir}: no weights here (looked for {names})")
+        single, index = (self.dir / name for name in there[0])   # the hub often keeps .bin beside safetensors
         if single.is_file() and index.is_file():
-            raise UserError(f"{self.dir}: holds both {SINGLE} and {INDEX}; remove the one that is out of date")
-        if not single.is_file() and not index.is_file():
-            raise UserError(f"{self.dir}: no weights here (looked for {SINGLE} and {INDEX})")
-        self.handles: dict[Path, safe_open] = {}       # file -> open file
-        self.files: dict[str, Path] = {}               # tensor -> file that holds it
+            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated")
         table = self._read_index(index) if index.is_file() else None
         for path in [single] if table is None else sorted(set(table.values())):
             self._open(path)
@@ -139,10 +201,13 @@ class Tensors(Mapping):
     def _open(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"{path}: this shard is missing (the index names it)")
-        try:
-            self.handles[path] = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as e:        # cut short by a broken download, or not safetensors at all
-            raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy it again") from e
+        if path.suffix == ".bin":
+            self.handles[path] = unpickle(path)
+        else:
+            try:
+                self.handles[path] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as e:    # cut short by a broken download, or not safetensors at all
+                raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy it again") from e
         for name in self.handles[path].keys():
             if name in self.files:
                 raise UserError(f"{path}: {name} is also in {self.files[name].name}")
@@ -157,7 +222,8 @@ class Tensors(Mapping):
                 raise UserError(f"{path}: holds {name}, which {index.name} doesn't list")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.handles[self.files[name]].get_tensor(name)
+        handle = self.handles[self.files[name]]
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)     # mapped either way
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -165,14 +231,28 @@ class Tensors(Mapping):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __contains__(self, name) -> bool:              # Mapping's own would read the tensor
+    def __contains__(self, name) -> bool:              # Mapping's own would map the tensor
         return name in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+        return tuple(self[name].shape)
+
+    def nbytes(self, name: str) -> int:
+        return self[name].nbytes
 
     def file(self, name: str) -> Path:
         return self.files[name]
+
+    def drop(self, name: str) -> None:
+        """The tensor was read and copied: its pages may go."""
+        if self.file(name).suffix == ".safetensors" or is_zip(self.file(name)):          # so it is mapped
+            drop_pages(self[name])
+
+
+def stored_bytes(dir: str | Path) -> int:
+    """How large the folder's weights are: those that would be loaded."""
+    sizes = [[file.stat().st_size for file in Path(dir).glob(f"*.{kind}")] for kind in ("safetensors", "bin", "pth")]
+    return sum(next(filter(None, sizes), []))
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -197,7 +277,8 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
 
     rename: public name -> name in the module, or None for a name it doesn't know.
     unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
-    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has).
+    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has, and costs no memory).
+    A part of the module that is filled already, so isn't on meta any more, isn't missing.
     Raises UserError naming tensor and file when something is missing, unknown, twice there or of another shape.
     """
     targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
@@ -220,20 +301,30 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
         plan[first] = public
         if tensors.shape(public) != tuple(targets[name].shape):
             misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}")
-    missing = [names[0] for names in owners.values() if names[0] not in plan]
+    missing = [names[0] for names in owners.values() if names[0] not in plan and targets[names[0]].is_meta]
     faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
               for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)) if names]
     if faults:
         raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
 
-    for first, public in plan.items():
-        old, new = targets[first], tensors[public]
-        new = new.to(device=device, dtype=dtype if new.is_floating_point() else None)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for name in owners[id(old)]:
-            path, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(path), leaf, new)
+    total, seen = sum(map(tensors.nbytes, plan.values())), set()
+    # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
+    with tqdm(desc=f"loading {tensors.dir.name}", total=total, unit="B", unit_scale=True, file=sys.stderr,
+              disable=None if total >= BIG else True, leave=False) as bar:
+        for first, public in plan.items():
+            old, stored = targets[first], tensors[public]
+            new = stored.to(device=device, dtype=dtype if stored.is_floating_point() else None).contiguous()
+            if new.data_ptr() != stored.data_ptr():
+                tensors.drop(public)
+            elif new.data_ptr() in seen:               # an old pickle may keep one memory under two names
+                new = new.clone()
+            seen.add(new.data_ptr())
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            for name in owners[id(old)]:
+                path, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(path), leaf, new)
+            bar.update(stored.nbytes)
     return module
 
 

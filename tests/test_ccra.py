@@ -552,6 +552,8 @@ def test_modes_reach_ccra():
 
 def test_another_fuser_in_the_slot():
     class Last(nn.Module):
+        n_blocks = 3
+
         def forward(self, hidden, F_t, mask):
             assert hidden.shape == (4, 3, 1 + N_PATCHES, 16) and F_t.shape == (3, 3, WIDTH) and mask.dtype == torch.bool
             return hidden[-2][:, 1:], {}
@@ -692,7 +694,7 @@ def test_save_and_load_bit_for_bit(tmp_path, tied):
     assert VLM.from_pretrained(tmp_path / "out", dtype=torch.float32).projector[0].weight.dtype == torch.float32
     # its towers can be read out of it
     vision = CLIPVision.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    llm = Llama.from_pretrained(tmp_path / "out", dtype=torch.float64, prefix="llm.")
+    llm = Llama.from_pretrained(tmp_path / "out", dtype=torch.float64)
     for tower, own in ((vision, model.vision), (llm, model.llm)):
         assert all(torch.equal(p, q) for p, q in zip(tower.parameters(), own.parameters(), strict=True))
 

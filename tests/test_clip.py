@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import clip
 from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig, attention, open_image, preprocess
+from formats import Folder
 from weights import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -145,7 +146,7 @@ def test_hidden_states_at_vit_l_14_336():
     shared = {name: torch.empty(p.shape).normal_(std=0.03) + ("norm" in name and name.endswith("weight"))
               for name, p in ours.named_parameters()}
     ours.load_state_dict(shared, assign=True)               # both models on the same memory: 1.2 GB, not 2.4
-    theirs.load_state_dict({clip._to_public(k): p for k, p in shared.items()}, strict=False, assign=True)
+    theirs.load_state_dict({clip.tower_name(k): p for k, p in shared.items()}, strict=False, assign=True)
     theirs.embeddings.position_ids = torch.arange(577)[None]
     assert not any(p.is_meta for p in theirs.parameters())
     with torch.no_grad():
@@ -194,7 +195,7 @@ def test_image_tower_from_every_layout(tmp_path, layout):
         names = clip._from_public(CLIPVision(CLIPVisionConfig(**VISION)))
         tensors = {f"vision.{names[k]}": v for k, v in flat.items()}
         tensors |= {name: torch.ones(1) for name in ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")}
-        (tmp_path / "config.json").write_text(json.dumps({"vision": VISION, "llm": {}}))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanoccra", "vision": VISION, "llm": {}}))
     else:
         tensors = {("" if layout == "flat" else "vision_model.") + k: v for k, v in flat.items()}
     if layout == "position_ids":                            # older files store this buffer
@@ -341,13 +342,15 @@ def test_a_config_we_do_not_implement_is_named(key, value):
         CLIPVisionConfig.from_dict(VISION | {key: value})
 
 
-def test_defaults_of_partial_configs_are_clips_own():
+def test_defaults_of_partial_configs_are_clips_own(tmp_path):
     for ours in (CLIPVisionConfig, CLIPTextConfig):
         got, want = vars(ours.from_dict({})), getattr(transformers, ours.__name__)()
         assert got == {key: getattr(want, key) for key in got}
     assert CLIPTextConfig.from_dict({"eos_token_id": 0}).eos_token_id == 0
     old = {"vision_config": {"hidden_size": 1}, "vision_config_dict": {"hidden_size": 2}}
-    assert clip._part(old, "vision_config") == {"hidden_size": 2} and clip._part({}, "text_config") == {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"} | old))
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert Folder(tmp_path).parts == {"vision": {"hidden_size": 2}, "text": {}}
 
 
 def test_wrong_folders_and_inputs_are_named(tmp_path):
@@ -367,7 +370,7 @@ def test_wrong_folders_and_inputs_are_named(tmp_path):
         broken(good | {"vision_model.embeddings.class_embedding": torch.ones(5)}, config, reader, "class_embedding")
         broken(good, config | {"model_type": "siglip"}, reader, "siglip")
         broken(good, config | {"vision_config": config["vision_config"] | {"hidden_act": "gelu"}}, reader, "hidden_act")
-        broken(good, config | {"vision_config": 3}, reader, "CLIPVisionConfig")
+        broken(good, config | {"vision_config": 3}, reader, "vision")
     broken(good, config | {"projection_dim": 25}, CLIP, "projection.weight")
     broken(good, config | {"text_config": config["text_config"] | {"num_channels": 1}}, CLIP, "num_channels")
 

@@ -283,14 +283,14 @@ def test_reads_the_language_model_of_a_vlm_folder(tmp_path):
     net, ids = model(), torch.randint(97, (1, 5))
     own = {"llm." + name: p for name, p in net.named_parameters()}
     rest = {"vision.x": torch.ones(1), "fuser.q.weight": torch.ones(1), "projector.0.weight": torch.ones(1)}
-    save(tmp_path, own | rest, {"llm": net.config.to_dict()})
-    assert torch.equal(Llama.from_pretrained(tmp_path, prefix="llm.")(ids), net(ids))
-    save(tmp_path, own | rest | {"stray": torch.ones(1)}, {"llm": net.config.to_dict()})
+    save(tmp_path, own | rest, {"model_type": "nanoccra", "llm": net.config.to_dict()})
+    assert torch.equal(Llama.from_pretrained(tmp_path)(ids), net(ids))
+    save(tmp_path, own | rest | {"stray": torch.ones(1)}, {"model_type": "nanoccra", "llm": net.config.to_dict()})
     with pytest.raises(UserError, match="1 unknown .stray in model.safetensors"):
-        Llama.from_pretrained(tmp_path, prefix="llm.")
-    save(tmp_path, own, {"vision": {}})
-    with pytest.raises(UserError, match="no 'llm' in config.json"):
-        Llama.from_pretrained(tmp_path, prefix="llm.")
+        Llama.from_pretrained(tmp_path)
+    save(tmp_path, own, {"model_type": "nanoccra", "vision": {}})
+    with pytest.raises(UserError, match="config.json: .*no 'llm'"):
+        Llama.from_pretrained(tmp_path)
 
 
 def rewrite(dir, change):
