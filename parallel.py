@@ -48,7 +48,7 @@ def join(device="auto", threads=0):
     rank, size, local = (int(os.environ.get(key, default)) for key, default in
                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(device)
-    if size > 1:
+    if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
@@ -100,8 +100,8 @@ def layout(device, shard_size=0):
 def share(model, how: str, device, dtype, keep_gathered=False, mesh=None):
     """The model (a VLM on the CPU) as it is trained: itself ("none"), in DDP, or sliced in place ("fsdp", over mesh).
 
-    dtype: what FSDP gathers and computes in. keep_gathered: blocks stay gathered from the forward to the backward (as in
-    ZeRO-2: less talk, more memory).
+    dtype: what FSDP gathers and computes in. keep_gathered: blocks stay gathered from forward to backward (as ZeRO-2
+    does it: less talk, more memory).
     """
     if how == "none":
         return model.to(device)
@@ -156,7 +156,7 @@ class Checkpoints:
     def check_room(self, trained):
         """UserError, before work starts, if the disk can't hold another checkpoint."""
         need = 3 * 4 * sum(p.numel() for p in trained.values())
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder.parent).free
         if free < need * 1.05:
             raise UserError(f"{self.folder}: a checkpoint takes {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
                             "free; make room or choose another --out")
@@ -172,8 +172,9 @@ class Checkpoints:
         tensors, spans = {}, {}
         for name, p in trained.items():
             state = optimizer.state.get(p, {})
-            for kind, tensor in dict(weight=p, exp_avg=state.get("exp_avg"), exp_avg_sq=state.get("exp_avg_sq")).items():
-                if tensor is None:
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                tensor = p if kind == "weight" else state.get(kind)
+                if tensor is None:                  # no update yet
                     continue
                 local, first, mine = rows(tensor)
                 if mine and (local.numel() or first == 0):

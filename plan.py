@@ -54,8 +54,8 @@ def report(args, model_of, steps, samples) -> str:
     model = model_of()
     work = flops(model, [length] * args.batch, args.batch * length // 4, args.train_vision, args.stage == 2)
     count = sum(p.numel() for p in model.parameters())
-    lines = [f"stage {args.stage}: {count:,} parameters, {samples:,} samples in {steps:,} steps of {args.batch}, all rows "
-             f"taken as {length} tokens long (real ones are shorter)",
+    lines = [f"stage {args.stage}: {count:,} parameters, {samples:,} samples in {steps:,} steps of {args.batch}, all "
+             f"rows taken as {length} tokens long (real ones are shorter)",
              f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s ({args.gpu}):"]
     for n in (2 ** i for i in range(10)):
         if args.batch % n == 0:

@@ -97,14 +97,14 @@ def arguments(argv=None):
     g.add_argument("--max-length", type=int, default=2048, help="tokens of a row, the picture's included")
     g.add_argument("--seed", type=int, default=42)
     g = p.add_argument_group("several processes and large models")
-    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a slice "
-                   "(default: none alone; together ddp in stage 1, fsdp in stage 2)")
+    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a "
+                   "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
     g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice parameters between forward "
                    "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
     g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy of the model "
                    "(default: those of one machine; further machines hold copies: HSDP)")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="forget what happens inside of a block and "
-                   "compute it again in the backward (default: with fsdp)")
+    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="forget what happens inside of a block "
+                   "and compute it again in the backward (default: with fsdp)")
     g.add_argument("--compile", action="store_true", help="torch.compile for every block")
     g = p.add_argument_group("while it runs")
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -138,9 +138,10 @@ def complete(args):
         raise UserError("--train-vision belongs to --stage 2")
     if args.parallel is None:
         args.parallel = "none" if processes == 1 and not args.plan else "ddp" if args.stage == 1 else "fsdp"
-    if (args.parallel == "none") != (processes == 1) and not args.plan:
-        raise UserError(f"--parallel {args.parallel} doesn't go with {processes} process{'es' * (processes > 1)}"
-                        + (" (start several by torchrun --nproc_per_node=N)" if processes == 1 else ""))
+    if args.parallel == "none" and processes > 1:
+        raise UserError(f"--parallel none doesn't go with {processes} processes")
+    if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
+        raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
     args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
@@ -205,7 +206,8 @@ def inherited(args, model):
     said = {**variant(args), **({"query": args.query} if args.query else {})}
     now = {key: getattr(model.fuser.config, key) for key in ("norm", "order", "lpwca", "lwca", "pwca", "smooth")}
     now["query"] = model.query
-    changed = [f"{key} {before['model'].get(key)} -> {now[key]}" for key in said if before["model"].get(key) != now[key]]
+    was = before["model"]
+    changed = [f"{key} {was.get(key)} -> {now[key]}" for key in said if was.get(key) != now[key]]
     kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
     return f"from stage 1 ({before['steps']} steps, CCRA {before['mode']}): {kept}" + \
         (f"; changed: {', '.join(changed)}" if changed else "")
@@ -342,7 +344,8 @@ def say_answers(model, tokenizer, device, step, n=4):
             sample["ids"].append(said[-1])
             sample["labels"].append(data.IGNORE)
         end = next((i for i, token in enumerate(said) if token in tokenizer.eos_ids), len(said))
-        yield f"  step {step}: {item.turns[-1].question} {tokenizer.decode(said[:end])!r}, right {item.turns[-1].answer!r}"
+        last = item.turns[-1]
+        yield f"  step {step}: {last.question} {tokenizer.decode(said[:end])!r}, right {last.answer!r}"
 
 
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
@@ -351,7 +354,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
     plan_ = list(order(len(dataset), steps, args.batch, args.seed))[start:]
     mine = [pieces(rows, rank, size, args.micro) for rows in plan_]
     batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=sum(mine, []), num_workers=args.workers,
+        dataset, batch_sampler=sum(mine, []), num_workers=args.workers, generator=torch.Generator(),
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
@@ -425,8 +428,8 @@ class Log:
             peak, most = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
         left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step) / 60
-        values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}", f"{samples / seconds:.2f}",
-                  mfu, f"{100 * waited / seconds:.1f}", f"{most / 2 ** 30:.2f}")
+        values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
+                  f"{samples / seconds:.2f}", mfu, f"{100 * waited / seconds:.1f}", f"{most / 2 ** 30:.2f}")
         print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
               f"{tokens / seconds:,.0f} tokens/s {samples / seconds:.1f} samples/s mfu {mfu}% data {values[7]}% "
               f"peak {values[8]} GiB eta {left:.1f} min", flush=True)
@@ -461,10 +464,11 @@ def main(argv=None):
     rank, size, device = parallel.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype = autocast_dtype(device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    held = parallel.lock(args.out) if rank == 0 else None
+    torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held = parallel.lock(args.out) if rank == 0 else None
     course = settings(args, args.steps or math.ceil(len(dataset) / args.batch), len(dataset))
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
     if args.recompute:
