@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
 from baselines import LLaVA, LLaVAConfig
@@ -33,6 +34,7 @@ from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
 from weights import UserError
 
 EPS = 1e-5             # of the norms
+LOSS_ROWS = 4096       # supervised positions whose logits exist at once
 
 PARTS = ("lpwca", "lwca", "pwca")
 ORDERS = ("progressive", "shuffled", "decoupled")
@@ -426,9 +428,18 @@ class VLM(nn.Module):
             return self.llm.lm_head(hidden)
         labels = labels[:, 1:]                                   # position t predicts label t + 1
         kept = labels != IGNORE                                  # S of them; few, and V is large
-        logits = self.llm.lm_head(hidden[:, :-1][kept])                                  # (S, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, labels[kept], reduction="sum")
+        states, target = hidden[:, :-1][kept], labels[kept]                              # (S, D), (S,)
+        if len(target) <= LOSS_ROWS:
+            return self.loss(states, target)
+        # In pieces whose logits are computed again in the backward: 32,768 rows of 32,000 in float32 are 4 GB
+        pieces = zip(states.split(LOSS_ROWS), target.split(LOSS_ROWS))
+        return sum(checkpoint(self.loss, *piece, use_reentrant=False) for piece in pieces)
+
+    def loss(self, states: Tensor, target: Tensor) -> Tensor:
+        """Sum of the cross-entropy, in float32, of final states (S, D) against the ids (S,) that come next."""
+        logits = self.llm.lm_head(states)                                                # (S, V)
+        return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target,
+                                           reduction="sum")
 
     @torch.no_grad()
     def generate(self, pixels, ids, query, query_mask, mask=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
@@ -465,12 +476,17 @@ class VLM(nn.Module):
             yield token
             embeds = self.llm.embed(token[:, None])                                      # (B, 1, D)
 
-    def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9) -> None:
-        """Write config.json, the weights and a copy of tokenizer_file: a folder that sample.py and train.py take."""
+    def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9,
+                        tensors=None) -> None:
+        """Write config.json, the weights and a copy of tokenizer_file: a folder that sample.py and train.py take.
+
+        tensors: {name: tensor} to write instead of the parameters, when those are sliced over processes.
+        """
         config = {"model_type": "nanoccra", "vision": asdict(self.vision.config), "llm": self.llm.config.to_dict(),
                   "fuser": {"name": self.fuser.name, **asdict(self.fuser.config)},
                   "image": self.image, "query": self.query}
-        weights.save(dir, dict(self.named_parameters()), config, max_shard_bytes)      # which lists a tied head once
+        tensors = tensors or dict(self.named_parameters())             # which lists a tied head once
+        weights.save(dir, tensors, config, max_shard_bytes)
         copy_tokenizer(dir, tokenizer_file)
 
     def export_llava(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9) -> None:

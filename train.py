@@ -2,20 +2,24 @@
 
     python train.py --stage 1          the projector alone learns to turn pictures into "words" (captions)
     python train.py --stage 2          projector, CCRA and language model learn to answer questions
-    torchrun --nproc_per_node=8 train.py --stage 2          the same on eight GPUs (DDP), with the same global batch
+    torchrun --nproc_per_node=8 train.py --stage 2          the paper's training on eight GPUs
+    python train.py --stage 2 --plan --gpus 8 --gpu a100-80          what that takes, without a GPU
 
-Without further flags this is the embedded world (toy.py) on whatever this machine has. With --json and --images it is
-LLaVA's data, with --vision and --llm any public towers.
+One process trains the embedded world (toy.py) on whatever this machine has; under torchrun it is LLaVA's data and
+public towers, in the places that are printed when something is missing. --world says otherwise, and so does --json.
 
 The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch
 into micro-batches (--micro), or sharing it out among processes, changes no gradient. (LLaVA averages the means of
 micro-batches, which gives a token of a short answer more weight.)
-A run that was stopped goes on where it was, bit for bit, when the same command is given again.
+A run that was stopped goes on where it was, bit for bit, when the same command is given again, also on another number
+of processes.
 """
 import argparse
 import csv
+import json
 import math
 import os
+import resource
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,14 +28,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import data
+import parallel
+import plan
 import toy
 from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
 from clip import CLIPVision
 from llama import Llama, Tokenizer
-from weights import UserError, autocast_dtype, pick_device, run
+from parallel import total
+from weights import UserError, autocast_dtype, read_json, run, write_beside
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
@@ -41,21 +48,37 @@ RECIPES = {
     ("toy", 2): dict(batch=32, lr=1e-3),
 }
 TOY_STEPS = {1: 250, 2: 1600}
+PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
+
+# Where `torchrun train.py --stage N` looks, and where to get it. (flag, stage): (place, source)
+HUB = "https://huggingface.co/"
+PLACES = {
+    ("json", 1): ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", f"{HUB}datasets/liuhaotian/LLaVA-Pretrain"),
+    ("images", 1): ("data/LLaVA-Pretrain/images", "images.zip of the same, unpacked"),
+    ("json", 2): ("data/llava_v1_5_mix665k.json", f"{HUB}datasets/liuhaotian/LLaVA-Instruct-150K"),
+    ("images", 2): ("data", "coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and "
+                            "VG_100K_2 (LLaVA's README, \"Visual Instruction Tuning\", links them)"),
+    ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
+    ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
+    ("model", 2): ("out/llava/stage1", "train.py --stage 1"),
+}
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: instruction tuning")
-    p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/toy/stageN or out/llava/stageN)")
+    p.add_argument("--world", choices=("toy", "llava"), help="what to train on (default: llava under torchrun or with "
+                   "--json, else toy)")
+    p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
-    g.add_argument("--json", help="LLaVA json (default: the embedded world)")
+    g.add_argument("--json", help="LLaVA json")
     g.add_argument("--images", help="the folder that the json's pictures are relative to")
     g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
     g = p.add_argument_group("model")
-    g.add_argument("--vision", help="stage 1: folder of the CLIP tower (default: the embedded world's)")
-    g.add_argument("--llm", help="stage 1: folder of the language model (default: the embedded world's)")
+    g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
+    g.add_argument("--llm", help="stage 1: folder of the language model")
     g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
     g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
                    help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
@@ -66,20 +89,60 @@ def arguments(argv=None):
     g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
     g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
-    g.add_argument("--batch", type=int, help="samples in a step")
+    g.add_argument("--batch", type=int, help="samples in a step, over all processes")
     g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: all of its share)")
-    g.add_argument("--lr", type=float, help="peak learning rate")
-    g.add_argument("--steps", type=int, help="steps in all (default: one epoch)")
-    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warms up")
-    g.add_argument("--max-length", type=int, default=2048, help="positions, picture included, that a sample is cut to")
+    g.add_argument("--lr", type=float, help="peak learning rate: 3%% warm-up, then half a cosine to zero")
+    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
+    g.add_argument("--steps", type=int, help="default: one epoch")
+    g.add_argument("--max-length", type=int, default=2048, help="tokens of a row, the picture's included")
     g.add_argument("--seed", type=int, default=42)
+    g = p.add_argument_group("several processes and large models")
+    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a "
+                   "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
+    g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice parameters between forward "
+                   "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
+    g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy of the model "
+                   "(default: those of one machine; further machines hold copies: HSDP)")
+    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="forget what happens inside of a block "
+                   "and compute it again in the backward (default: with fsdp)")
+    g.add_argument("--compile", action="store_true", help="torch.compile for every block")
+    g = p.add_argument_group("while it runs")
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
     g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
-    args = p.parse_args(argv)
-    args.world = "llava" if args.json else "toy"
+    g.add_argument("--ask-every", type=int, default=0, metavar="N", help="every N steps, answers to a few held-out "
+                   "questions of the embedded world")
+    g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
+    g = p.add_argument_group("planning")
+    g.add_argument("--plan", action="store_true", help="print what training will take, and end")
+    g.add_argument("--gpus", type=int, default=8, help="how many")
+    g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
+    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached")
+    return complete(p.parse_args(argv))
+
+
+def complete(args):
+    """Defaults that depend on other arguments, and what doesn't go together."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    args.world = args.world or ("llava" if args.json or args.plan or "WORLD_SIZE" in os.environ else "toy")
+    if args.world == "llava":
+        for (flag, stage), (place, _) in PLACES.items():
+            if stage == args.stage and getattr(args, flag) is None:
+                setattr(args, flag, place)
+    elif args.json:
+        raise UserError("--json is data of its own: leave --world toy out")
+    if args.stage == 2 and (args.vision or args.llm):
+        raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
     args.mode = args.stage1_ccra if args.stage == 1 else "on"
     if args.train_vision and args.stage == 1:
         raise UserError("--train-vision belongs to --stage 2")
+    if args.parallel is None:
+        args.parallel = "none" if processes == 1 and not args.plan else "ddp" if args.stage == 1 else "fsdp"
+    if args.parallel == "none" and processes > 1:
+        raise UserError(f"--parallel none doesn't go with {processes} processes")
+    if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
+        raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
+    args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
@@ -89,30 +152,16 @@ def arguments(argv=None):
     return args
 
 
-def join(args):
-    """(rank, number of processes, device): those that torchrun started, or this process alone."""
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device)
-    if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        else:          # torchrun allows each process one thread; share the cores out instead
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return rank, size, device
-
-
-def total(x: float, device) -> float:
-    """The sum of a number over all processes."""
-    if not dist.is_initialized():
-        return x
-    x = torch.tensor(x, dtype=torch.float64, device=device)
-    dist.all_reduce(x)
-    return x.item()
+def check_places(args):
+    """UserError with everything that is missing, where it was looked for and where to get it, before work starts."""
+    if args.world == "toy":
+        return
+    missing = [(flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
+               if stage == args.stage and not Path(getattr(args, flag)).exists()]
+    if missing:
+        lines = [f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
+        raise UserError("\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] + lines
+                                  + ["For the embedded world, which needs nothing: --world toy"]))
 
 
 def get_lr(step, steps, peak, warmup):
@@ -123,33 +172,54 @@ def get_lr(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def build(args, device):
-    """The model before this stage, in float32, and its tokenizer."""
+def build(args):
+    """The model before this stage, on the CPU and as it is stored, and its tokenizer."""
     if args.stage == 1:
         vision, llm = Path(args.vision or toy.OUT / "clip"), Path(args.llm or toy.OUT / "llama")
         if not (args.vision and args.llm) and not (vision / "config.json").is_file():
             raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
                             "or give --vision and --llm")
-        tower = CLIPVision.from_pretrained(vision, dtype=torch.float32)
-        model = Llama.from_pretrained(llm, dtype=torch.float32)
+        tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm, dtype=None)      # as stored
         config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
                             n_layers=tower.config.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64,
                             **variant(args))
         torch.manual_seed(args.seed)                       # the projector's and CCRA's first values
-        vlm = VLM.build(tower, model, config, query=args.query or "all").to(device)
-        return vlm, Tokenizer.from_pretrained(llm)
+        return VLM.build(tower, model, config, query=args.query or "all"), Tokenizer.from_pretrained(llm)
     folder = Path(args.model or f"out/{args.world}/stage1")
     if not args.model and not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run --stage 1 first, or give --model")
-    model = VLM.from_pretrained(folder, dtype=torch.float32, device=device)
+    model = VLM.from_pretrained(folder)
     if variant(args):           # none of these changes a shape, so stage 2 may choose anew
         if not isinstance(model.fuser, CCRA):
             raise UserError(f"{folder}: its fuser is {model.fuser.name!r}; --norm, --order and --off belong to CCRA")
-        fuser = CCRA(replace(model.fuser.config, **variant(args))).to(device)
+        fuser = CCRA(replace(model.fuser.config, **variant(args)))
         fuser.load_state_dict(model.fuser.state_dict())
         model.fuser = fuser
     model.query = args.query or model.query
     return model, Tokenizer.from_pretrained(folder)
+
+
+def inherited(args, model):
+    """What stage 2 takes over from stage 1, and what it changes, as a line; empty in stage 1."""
+    before = Path(args.model or f"out/{args.world}/stage1") / "train.json"
+    if args.stage == 1 or not before.is_file():
+        return ""
+    before = read_json(before)
+    said = {**variant(args), **({"query": args.query} if args.query else {})}
+    now = {key: getattr(model.fuser.config, key) for key in ("norm", "order", "lpwca", "lwca", "pwca", "smooth")}
+    now["query"] = model.query
+    was = before["model"]
+    changed = [f"{key} {was.get(key)} -> {now[key]}" for key in said if was.get(key) != now[key]]
+    kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
+    return f"from stage 1 ({before['steps']} steps, CCRA {before['mode']}): {kept}" + \
+        (f"; changed: {', '.join(changed)}" if changed else "")
+
+
+def save_precision(trained, model, dtype):
+    """float32 for what is trained (master weights); what is frozen is only read, so it may be as narrow as products."""
+    chosen = {id(p) for p in trained.values()}
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if id(p) in chosen else dtype)
 
 
 def variant(args) -> dict:
@@ -200,53 +270,34 @@ def settings(args, steps, n):
                 seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, **variant(args))
 
 
-def save_checkpoint(path: Path, step, trained, optimizer, course):
-    """What a resume needs, beside and renamed: a kill at any moment leaves the old checkpoint or the new one."""
-    state = dict(step=step, trained={k: p.detach() for k, p in trained.items()}, optimizer=optimizer.state_dict(),
-                 rng=torch.get_rng_state(), settings=course)
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def resume(path: Path, trained, optimizer, course, device):
-    """The step to go on from (0 when there is no checkpoint). A checkpoint of another run is an error."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=device, weights_only=True)
-    if {k: p.shape for k, p in state["trained"].items()} != {k: p.shape for k, p in trained.items()}:
-        raise UserError(f"{path} belongs to another model; remove it or choose another --out")
-    for key, value in course.items():
-        if state["settings"].get(key) != value:
-            raise UserError(f"{path} is of a run with {key} {state['settings'].get(key)}, not {value}; remove it or "
-                            "choose another --out")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    return state["step"]
+def recompute(model: VLM):
+    """Blocks of the language model forget what they computed inside and do it again in the backward: of 2,048 tokens a
+    block keeps its input instead of some thirty tensors as large. (A wrapper module would rename the parameters.)"""
+    for block in model.llm.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def train_step(model, batches, device, dtype, mode="on", counts=True):
     """Forward and backward of one global batch, given as this process's micro-batches.
 
-    counts: False if this process only keeps the others company. Returns, over all processes, the mean loss of a
-    supervised token, and how many tokens of text the batch has.
+    dtype: of autocast. counts: False if this process only keeps the others company. Returns this process's share of the
+    mean loss of a supervised token, to be summed.
     """
     for batch in () if counts else batches:
         batch["labels"].fill_(data.IGNORE)
-    supervised = total(sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches), device)
+    supervised = total(sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches), device=device)
     size, loss_sum = dist.get_world_size() if dist.is_initialized() else 1, 0.0
     for i, batch in enumerate(batches, 1):
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        # DDP averages gradients over processes at the end of a backward; earlier micro-batches only add to theirs
-        quiet = model.no_sync() if i < len(batches) and size > 1 else nullcontext()
-        with quiet:
+        # DDP averages gradients over processes at the end of a backward; earlier micro-batches only add to theirs.
+        # FSDP sums them every time: to put it off, each process would have to keep whole gradients.
+        ddp = isinstance(model, parallel.DistributedDataParallel)
+        with model.no_sync() if ddp and i < len(batches) else nullcontext():
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(**batch, mode=mode) / max(1, supervised)
             (loss * size).backward()
         loss_sum += loss.item()
-    return total(loss_sum, device), total(sum(int(b["mask"].sum()) for b in batches), device)
+    return loss_sum
 
 
 def collate(samples, query, max_length, picture_rows):
@@ -274,84 +325,181 @@ def open_dataset(args, tokenizer, size, say):
 def describe(args, model, trained, course, start, size, device, dtype):
     count = lambda parameters: sum(p.numel() for p in parameters)
     share = math.ceil(args.batch / size)
-    how = [f"{size} processes"] * (size > 1) + [f"{args.micro} samples at a time"] * (args.micro < share)
+    how = [f"{size} processes, {args.parallel}"] * (size > 1)
+    how += [f"{math.ceil(share / args.micro)} micro-batches of {args.micro} in each"] * (args.micro < share)
+    epoch = f"; the paper has {PAPER_STEPS[args.stage]:,} steps" if args.world == "llava" else ""
     return (f"stage {args.stage} on {device} in {dtype}: {count(trained.values()):,} of {count(model.parameters()):,} "
-            f"parameters trained, {course['samples']:,} samples, {course['steps']} steps of {args.batch}"
-            + (f" ({', '.join(how)})" if how else "") + (f", going on after step {start}" if start else ""))
+            f"parameters trained, {course['samples']:,} samples, {course['steps']:,} steps of {args.batch}"
+            + (f" ({'; '.join(how)})" if how else "") + epoch + (f", going on after step {start}" if start else ""))
 
 
-def loop(args, model, trained, optimizer, dataset, course, start, rank, size, device, dtype):
-    """Steps start+1..steps. True when it came to the end, False when --stop-after ended it."""
-    steps, vlm = course["steps"], model.module if size > 1 else model
-    plan = list(order(len(dataset), steps, args.batch, args.seed))[start:]
-    mine = [pieces(rows, rank, size, args.micro) for rows in plan]
+def say_answers(model, tokenizer, device, step, n=4):
+    """Answers to the first questions of the embedded world's exam. Forward passes alone, without a cache, since every
+    process has to take part in each pass of a sharded model; all compute the same."""
+    for item in toy.exam(0, n):
+        row = data.prompt([(turn.question, turn.answer) for turn in item.turns[:-1]]
+                          + [(item.turns[-1].question, None)], tokenizer)
+        size = model.vision.config.image_size if hasattr(model, "vision") else model.module.vision.config.image_size
+        pixels = toy.preprocess(toy.draw(item.scene), size, pad=True)
+        sample, said = dict(ids=list(row.ids), labels=list(row.labels), query=row.query, pixels=pixels), []
+        for _ in range(12):
+            batch = {k: v.to(device) for k, v in data.collate([sample]).items() if k != "labels"}
+            with torch.no_grad():
+                said.append(int(model(**batch)[0, -1].argmax()))
+            sample["ids"].append(said[-1])
+            sample["labels"].append(data.IGNORE)
+        end = next((i for i, token in enumerate(said) if token in tokenizer.eos_ids), len(said))
+        last = item.turns[-1]
+        yield f"  step {step}: {last.question} {tokenizer.decode(said[:end])!r}, right {last.answer!r}"
+
+
+def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
+    """Steps start+1..steps. True when it came to the end, False when --stop-after or SIGTERM ended it."""
+    steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
+    plan_ = list(order(len(dataset), steps, args.batch, args.seed))[start:]
+    mine = [pieces(rows, rank, size, args.micro) for rows in plan_]
     batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=sum(mine, []), num_workers=args.workers,
+        dataset, batch_sampler=sum(mine, []), num_workers=args.workers, generator=torch.Generator(),
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
-    log, began = Log(args.out / "log.csv", start, steps) if rank == 0 else None, time.perf_counter()
-    for step, (rows, share) in enumerate(zip(plan, mine), start):
+    checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
+    log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
+    cost = lambda lengths, supervised: plan.flops(vlm, lengths, supervised, args.train_vision, args.stage == 2)
+    for step, (rows, share) in enumerate(zip(plan_, mine), start):
         tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, tokens = train_step(model, [take(batches) for _ in share], device, dtype, args.mode, rank < len(rows))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):        # the same on all processes
+        taken = [take(batches) for _ in share]
+        waited = time.perf_counter() - tic
+        loss = train_step(model, taken, device, dtype, args.mode, rank < len(rows))
+        lengths = [n + vlm.vision.grid ** 2 - 1 for b in taken for n in b["mask"].sum(1).tolist()]
+        work = cost(lengths, sum(int((b["labels"] != data.IGNORE).sum()) for b in taken))
+        loss, tokens, work, asked = total(loss, sum(int(b["mask"].sum()) for b in taken), work, float(stop.asked),
+                                          device=device)
+        norm = float(parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()
+                                                                  if p.grad is not None])))
+        if math.isfinite(loss) and math.isfinite(norm):               # the same on all processes
+            optimizer.step()
+            spoilt = 0
+        else:
+            spoilt += 1
             ids = ", ".join(dataset.record_id(i) for i in rows[:8])
-            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; not updated; samples {ids}")
-        optimizer.step()
+            what = f"step {step + 1}: loss {loss}, gradient norm {norm}; not updated; samples {ids}"
+            if spoilt == 3:
+                raise UserError(f"{what}. That was the third step in a row: lower --lr, or look at these samples")
+            if rank == 0:
+                print(what, flush=True)
         optimizer.zero_grad(set_to_none=True)
-        now, stop = time.perf_counter(), step + 1 == args.stop_after
+        now, ends = time.perf_counter(), step + 1 == args.stop_after or asked > 0
         if rank == 0:
-            log.row(step + 1, loss, lr, norm, tokens / (now - tic), (now - began) / (step + 1 - start))
-            if (step + 1) % args.save_every == 0 or step + 1 == steps or stop:
-                save_checkpoint(args.out / "checkpoint.pt", step + 1, trained, optimizer, course)
-        if stop:
+            log.row(step + 1, loss, lr, norm, tokens, len(rows), now - tic, waited, work / size, device)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or ends:
+            checkpoints.save(step + 1, trained, optimizer, course)
+        if args.ask_every and (step + 1) % args.ask_every == 0:
+            for line in say_answers(model, tokenizer, device, step + 1):
+                if rank == 0:
+                    print(line, flush=True)
+        if ends:
             return False
     return True
+
+
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "data_wait", "peak_gib")
 
 
 class Log:
     """One line a step on stdout, and the same in log.csv, which a resumed run continues."""
 
-    def __init__(self, path: Path, start, steps):
+    def __init__(self, args, start, steps):
+        path = args.out / "log.csv"
         before = path.read_text().splitlines() if start and path.exists() else []
-        self.file, self.steps = open(path, "w", newline=""), steps
-        self.csv = csv.writer(self.file)
+        self.file, self.start, self.steps, self.began = open(path, "w", newline=""), start, steps, time.perf_counter()
+        self.csv, self.wandb = csv.writer(self.file), None
         # what an interrupted run logged after its last checkpoint is done again
         rows = [row for row in csv.reader(before) if row and row[0].isdecimal() and int(row[0]) <= start]
-        self.csv.writerows([["step", "loss", "lr", "grad_norm", "tokens_per_s"], *rows])
-
-    def row(self, step, loss, lr, norm, speed, each):
-        print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
-              f"{speed:,.0f} tokens/s eta {each * (self.steps - step) / 60:.1f} min", flush=True)
-        self.csv.writerow([step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{speed:.0f}"])
+        self.csv.writerows([COLUMNS, *rows])
         self.file.flush()
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs `pip install wandb`") from None
+            self.wandb = wandb.init(project="nanoccra", dir=args.out, config={k: str(v) for k, v in vars(args).items()})
+
+    def row(self, step, loss, lr, norm, tokens, samples, seconds, waited, work, device):
+        """work: FLOPs of one process; MFU is its share of the device's peak, where that is known."""
+        if device.type == "cuda":
+            peak, most = plan.peak_flops(torch.cuda.get_device_name(device)), torch.cuda.max_memory_allocated(device)
+        else:
+            peak, most = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
+        left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step) / 60
+        values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
+                  f"{samples / seconds:.2f}", mfu, f"{100 * waited / seconds:.1f}", f"{most / 2 ** 30:.2f}")
+        print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
+              f"{tokens / seconds:,.0f} tokens/s {samples / seconds:.1f} samples/s mfu {mfu}% data {values[7]}% "
+              f"peak {values[8]} GiB eta {left:.1f} min", flush=True)
+        self.csv.writerow(values)
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: float(v) for k, v in zip(COLUMNS[1:], values[1:]) if v != "-"}, step=step)
+
+
+def write_model(args, model, trained, tokenizer, course, dtype):
+    """The trained model as a folder that from_pretrained reads, and train.json, which says how it came about.
+
+    All processes call it; the first one writes. Stage 1's is kept in float32, what stage 2 ends with in dtype.
+    """
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensor = parallel.whole(p)              # one after the other: a card never holds the whole model
+        if parallel.where()[0] == 0:
+            tensors[name] = tensor.to("cpu", dtype if args.stage == 2 or name not in trained else torch.float32)
+    if parallel.where()[0] == 0:
+        model.save_pretrained(args.out, tokenizer_file=tokenizer.file, tensors=tensors)
+        config = {key: getattr(model.fuser.config, key) for key in ("norm", "order", "lpwca", "lwca", "pwca", "smooth")}
+        text = json.dumps({**course, "model": {**config, "query": model.query}}, indent=1)
+        write_beside(args.out / "train.json", lambda tmp: tmp.write_text(text + "\n"))
 
 
 def main(argv=None):
     args = arguments(argv)
-    rank, size, device = join(args)
+    check_places(args)
+    if args.plan:
+        return print(plan.report(args))
+    rank, size, device = parallel.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype = autocast_dtype(device)
-    model, tokenizer = build(args, device)
+    torch.manual_seed(args.seed)
+    model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held = parallel.lock(args.out) if rank == 0 else None
     course = settings(args, args.steps or math.ceil(len(dataset) / args.batch), len(dataset))
-    trained = freeze(model, args.stage, args.mode, args.train_vision)
+    save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
+    if args.recompute:
+        recompute(model)
+    if args.compile:
+        for block in [*model.vision.layers, *model.llm.layers]:
+            block.compile()
+    mesh = parallel.layout(device, args.shard_size) if args.parallel == "fsdp" else None
+    shared = parallel.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # LLaVA's AdamW: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    start = resume(args.out / "checkpoint.pt", trained, optimizer, course, device)
+    checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
+    checkpoints.check_room(trained)
+    start = checkpoints.load(trained, optimizer, course)
     say(describe(args, model, trained, course, start, size, device, dtype))
-    args.out.mkdir(parents=True, exist_ok=True)
-    wrapped = DistributedDataParallel(model) if size > 1 else model
-    finished = loop(args, wrapped, trained, optimizer, dataset, course, start, rank, size, device, dtype)
-    if finished and rank == 0:
-        model.save_pretrained(args.out, tokenizer_file=tokenizer.file)
+    if line := inherited(args, model):
+        say(line)
+    finished = loop(args, shared, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype)
+    if finished:
+        write_model(args, model, trained, tokenizer, course, dtype)
     say(f"model written to {args.out}" if finished else
-        f"stopped after step {args.stop_after}; the same command without --stop-after goes on")
-    if size > 1:
-        dist.barrier()          # whoever leaves while others still talk takes them down with it
-        time.sleep(0.5)         # ... or are on their way out of the barrier (gloo aborted one run in about 35)
-        dist.destroy_process_group()
+        f"stopped early, after a checkpoint; the same command{' without --stop-after' * bool(args.stop_after)} goes on")
+    parallel.leave()
+    if held:
+        held.close()
 
 
 if __name__ == "__main__":

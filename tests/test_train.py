@@ -1,5 +1,8 @@
 """Training: accumulation changes nothing, a resume is bit for bit, and each stage touches only what it should."""
+import fcntl
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -110,9 +113,10 @@ def test_train_6_is_train_3_stop_resume(stage1, tmp_path):
     logs = [[row.split(",")[:4] for row in (tmp_path / out / "log.csv").read_text().splitlines()]
             for out in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0]) == 7
-    one, two = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    one, two = (load_file(tmp_path / out / "checkpoints" / "step-00000006" / "rank-0000.safetensors")
                 for out in ("whole", "parts"))
-    assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
+    assert one.keys() == two.keys() and sum(name.startswith("exp_avg_sq.") for name in one) > 20
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def uneven_samples(tokenizer):
@@ -134,7 +138,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
     for micro in (8, 4, 1):
         model.zero_grad()
         batches = [data.collate(rows) for rows in train.split(samples, micro)]
-        loss, _ = train.train_step(model, batches, torch.device("cpu"), torch.float32)
+        loss = train.train_step(model, batches, torch.device("cpu"), torch.float32)
         results.append((loss, {name: p.grad.clone() for name, p in trained.items()}))
     for loss, grads in results[1:]:
         assert abs(loss - results[0][0]) < 1e-5 * loss
@@ -195,9 +199,17 @@ def test_a_foreign_checkpoint_is_refused(stage1, tmp_path):
     train.main([*command, "--steps", "2", "--stop-after", "1"])
     with pytest.raises(UserError, match="a run with steps 2, not 3"):
         train.main([*command, "--steps", "3"])
-    torch.save(dict(step=1, trained={"x": torch.zeros(2)}), tmp_path / "checkpoint.pt")
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+    before = json.loads(state.read_text())
+    state.write_text(json.dumps({**before, "shapes": {"x": [2]}}))
     with pytest.raises(UserError, match="another model"):
         train.main([*command, "--steps", "2"])
+    state.write_text(json.dumps(before))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")        # what a kill left behind is no checkpoint
+    (tmp_path / "checkpoints" / "step-00000001.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.tmp" / "state.json").write_text("{")
+    train.main([*command, "--steps", "2"])
+    assert (tmp_path / "model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
@@ -237,19 +249,82 @@ def same_curve(one, other):
 
 
 def test_processes_and_accumulation_give_one_loss_curve(stage1, mixed, tmp_path):
-    """1 process, 2 processes (DDP), and both with accumulation. 22 samples in batches of 7: an epoch ends with one."""
+    """1 process, DDP and FSDP on 2, with accumulation, too. 22 samples in batches of 7: an epoch ends with one."""
     one = go(stage1, mixed, tmp_path / "one")
-    for name, more, processes in (("cut", ["--micro", "2"], 1), ("two", [], 2), ("both", ["--micro", "2"], 2)):
+    ddp = ["--parallel", "ddp"]
+    runs = dict(cut=(["--micro", "2"], 1), ddp=(ddp, 2), both=([*ddp, "--micro", "2"], 2),
+                fsdp=(["--micro", "2"], 2), grad=(["--shard", "grad", "--no-recompute"], 2),
+                recomputed=(["--recompute"], 1))
+    for name, (more, processes) in runs.items():
         same_curve(one, go(stage1, mixed, tmp_path / name, *more, processes=processes))
         ours, theirs = parameters(tmp_path / "one"), parameters(tmp_path / name)
         assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in ours)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(stage1, mixed, tmp_path):
+    """Alone to step 5, sliced over two processes to 9, whole in two to 14, then alone again."""
     one = go(stage1, mixed, tmp_path / "one")
-    assert len(go(stage1, mixed, tmp_path / "two", "--stop-after", "9")) == 9
+    assert len(go(stage1, mixed, tmp_path / "two", "--stop-after", "5")) == 5
+    assert len(go(stage1, mixed, tmp_path / "two", "--stop-after", "9", processes=2)) == 9
+    assert len(go(stage1, mixed, tmp_path / "two", "--stop-after", "14", "--parallel", "ddp", processes=2)) == 14
     assert not (tmp_path / "two" / "model.safetensors").exists()
-    same_curve(one, go(stage1, mixed, tmp_path / "two", processes=2))
+    assert [p.name for p in sorted((tmp_path / "two" / "checkpoints").iterdir())] == ["step-00000009", "step-00000014"]
+    same_curve(one, go(stage1, mixed, tmp_path / "two"))
+
+
+def test_a_folder_has_one_trainer(stage1, tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another training writes there"):
+            train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--steps", "1", "--batch", "2"])
+
+
+def test_sigterm_saves_and_leaves(stage1, tmp_path):
+    """What a scheduler sends: the step is finished and saved, and the same command goes on to the same end."""
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "2", "--model", str(stage1), "--out", str(tmp_path),
+               "--steps", "40", "--batch", "4", "--threads", "1", "--save-every", "1000"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step 3/"):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest = run.stdout.read()
+    assert run.wait() == 0 and "stopped early" in rest
+    [saved] = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert 3 <= int(saved[5:]) < 40
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and f"going on after step {int(saved[5:])}" in run.stdout
+    assert [int(r.split(",")[0]) for r in (tmp_path / "log.csv").read_text().splitlines()[1:]] == list(range(1, 41))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(stage1, tmp_path, monkeypatch, capsys):
+    """One spoilt step is left out and said; three in a row end the run."""
+    real, bad = train.train_step, {2}
+
+    def spoilt(*args, **kwargs):
+        spoilt.step += 1
+        loss = real(*args, **kwargs)
+        return float("nan") if spoilt.step in bad else loss
+    spoilt.step = 0
+    monkeypatch.setattr(train, "train_step", spoilt)
+    command = ["--stage", "2", "--model", str(stage1), "--batch", "2", "--save-every", "1"]
+    train.main([*command, "--out", str(tmp_path / "a"), "--steps", "2"])
+    assert "step 2: loss nan" in (said := capsys.readouterr().out) and "train2/" in said
+    first, second = (load_file(tmp_path / "a" / "checkpoints" / f"step-0000000{i}" / "rank-0000.safetensors")
+                     for i in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    spoilt.step, bad = 0, {2, 3, 4}
+    with pytest.raises(UserError, match="step 4: loss nan.*third step in a row"):
+        train.main([*command, "--out", str(tmp_path / "b"), "--steps", "9"])
+
+
+def test_what_is_missing_is_said_at_once(tmp_path):
+    """The paper's command where nothing is: what it looked for, where to get it and how to say where it is."""
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone",
+                          str(ROOT / "train.py"), "--stage", "2"], capture_output=True, text=True, cwd=tmp_path)
+    for name in ("--json", "--images", "--model", "data/llava_v1_5_mix665k.json", "huggingface.co", "--world toy"):
+        assert name in run.stderr, run.stderr
+    assert "step 1/" not in run.stdout and not list(tmp_path.iterdir())
 
 
 WORKER = """
