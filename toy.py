@@ -747,7 +747,7 @@ def main():
     s.add_argument("--n", type=int, default=12)
     s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
-    s.add_argument("--clip-steps", type=int, default=1500)
+    s.add_argument("--clip-steps", type=int, default=1200)
     s.add_argument("--llama-steps", type=int, default=3600)
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
