@@ -30,7 +30,9 @@ import data
 import toy
 from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
 from clip import CLIPVision
+from data import GROUPS, order, split
 from llama import Llama, Tokenizer
+from prepare import Prepared
 from weights import UserError, autocast_dtype, pick_device, run
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
@@ -50,8 +52,11 @@ def arguments(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
-    g.add_argument("--json", help="LLaVA json (default: the embedded world)")
-    g.add_argument("--images", help="the folder that the json's pictures are relative to")
+    g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
+    g.add_argument("--json", help="a LLaVA json as it is (default: the embedded world)")
+    g.add_argument("--images", help="the folder that the pictures' paths are relative to (default: prepare's)")
+    g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
+                   "modality-length in stage 2, as LLaVA, else none)")
     g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower (default: the embedded world's)")
@@ -76,7 +81,12 @@ def arguments(argv=None):
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
     args = p.parse_args(argv)
-    args.world = "llava" if args.json else "toy"
+    args.world = "llava" if args.json or args.data else "toy"
+    args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
+    if args.json and args.data:
+        raise UserError("--json and --data are two ways to say what to train on: give one")
+    if args.group != "none" and not args.data:
+        raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
     args.mode = args.stage1_ccra if args.stage == 1 else "on"
     if args.train_vision and args.stage == 1:
         raise UserError("--train-vision belongs to --stage 2")
@@ -168,20 +178,6 @@ def freeze(model: VLM, stage: int, mode="on", train_vision=False):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def order(n, steps, batch, seed):
-    """The samples of every step: one seeded permutation an epoch, whose last batch may be short (as LLaVA's is)."""
-    per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            shuffled = torch.randperm(n, generator=g).tolist()
-        at = step % per_epoch * batch
-        yield shuffled[at:at + batch]
-
-
-def split(rows, micro):
-    return [rows[i:i + micro] for i in range(0, len(rows), micro)]
-
-
 def pieces(rows, rank, size, micro):
     """This process's share of a step's samples, in micro-batches. If there are fewer samples than processes, some
     process has none: it takes the first, which `train_step` is told not to count."""
@@ -191,7 +187,8 @@ def pieces(rows, rank, size, micro):
 def settings(args, steps, n):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, **variant(args))
+                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query,
+                **({"group": args.group} if args.data else {}), **variant(args))
 
 
 def save_checkpoint(path: Path, step, trained, optimizer, course):
@@ -257,9 +254,11 @@ def take(batches):
 
 
 def open_dataset(args, tokenizer, size, say):
-    """What is trained on: a LLaVA json, checked as a whole before the first step, or the embedded world."""
-    if args.world == "llava":
-        template = "plain" if args.stage == 1 else "v1"
+    """What is trained on: a LLaVA json, all of it checked before the first step or long ago, or the embedded world."""
+    template = "plain" if args.stage == 1 else "v1"
+    if args.data:
+        return Prepared(args.data, args.images, tokenizer, template, size, damaged=args.out / "damaged.jsonl")
+    if args.json:
         return data.load(args.json, args.images, tokenizer, template, size, say=say)
     n = (args.steps or TOY_STEPS[args.stage]) * args.batch
     return toy.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
@@ -277,11 +276,14 @@ def describe(args, model, trained, course, start, size, device, dtype):
 def loop(args, model, trained, optimizer, dataset, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after ended it."""
     steps, vlm = course["steps"], model.module if size > 1 else model
-    plan = list(order(len(dataset), steps, args.batch, args.seed))[start:]
+    picture_rows = vlm.vision.grid ** 2
+    like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
+                                                lengths=dataset.lengths(picture_rows, args.max_length))
+    plan = list(order(len(dataset), steps, args.batch, args.seed, **like))[start:]
     mine = [pieces(rows, rank, size, args.micro) for rows in plan]
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=sum(mine, []), num_workers=args.workers,
-        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
+        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     log, began = Log(args.out / "log.csv", start, steps) if rank == 0 else None, time.perf_counter()
     for step, (rows, share) in enumerate(zip(plan, mine), start):
         tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
