@@ -367,13 +367,14 @@ class Text:
     def value(self):
         while True:
             self.peek()
+            last = self.ended or len(self.text) - self.at > self.LONGEST
             try:
                 value, stop = self.scan(self.text, self.at)
             except (ValueError, RecursionError):                # not JSON, or cut in two
-                if self.ended or len(self.text) - self.at > self.LONGEST:
+                if last:
                     raise
             else:
-                if stop < len(self.text) or self.ended:         # else it may be a number that goes on
+                if last or self.text[stop:stop + 1] in tuple(", \t\n\r]"):     # else it may be half a number
                     self.at = stop
                     return value
             self.read()

@@ -437,7 +437,7 @@ def map_arrays(folder: Path) -> dict[str, np.ndarray]:
     names = [*FLAT, *RAGGED, *(f"{name}.offsets" for name in RAGGED)]
     try:
         return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{folder}: an array is missing or damaged ({e}); prepare it again") from e
 
 

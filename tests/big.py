@@ -2,7 +2,7 @@
 
     python tests/big.py --llm vicuna-7b-v1.5 --folder /tmp/big --n 665000
 
-The records are invented: LLaVA's sources in their proportions (prepare.MIX), so many turns, so many words. So are the
+The records are invented: LLaVA's sources in their proportions, so many turns, so many words (prepare.MIX). So are the
 pictures: 64 JPEGs of 640 x 480, under as many names as LLaVA's have (hard links), each shared by about two records.
 Nothing here is run by pytest.
 """
@@ -34,19 +34,27 @@ def words(rng, ids):
     return " ".join(rng.choices(WORDS, k=max(1, round(ids * rng.lognormvariate(-0.125, 0.5)))))
 
 
+def conversation(rng, picture, turns, question, answer):
+    said = []
+    for _ in range(rng.randint(*turns)):
+        said += [{"from": "human", "value": words(rng, question)}, {"from": "gpt", "value": words(rng, answer)}]
+    if picture:
+        said[0]["value"] = "<image>\n" + said[0]["value"]
+    return json.dumps(said)
+
+
 def records(n, rng, shared=1.8):
-    """LLaVA's mix, shuffled. A picture's number is below the source's records / shared."""
-    total = sum(count for _, count, *_ in prepare.MIX.values())
-    sources = rng.choices(list(prepare.MIX.values()), [count for _, count, *_ in prepare.MIX.values()], k=n)
-    for i, (folder, count, (low, high), question, answer) in enumerate(sources):
-        said = []
-        for _ in range(rng.randint(low, high)):
-            said += [{"from": "human", "value": words(rng, question)}, {"from": "gpt", "value": words(rng, answer)}]
-        record = {"id": f"{i:012}", "conversations": said}
-        if folder:
-            said[0]["value"] = "<image>\n" + said[0]["value"]
-            record["image"] = f"{folder}/{rng.randrange(1 + int(count * n / total / shared)):012}.jpg"
-        yield record
+    """n records of LLaVA's mix, shuffled, as text, with their pictures' paths: (text, path or None).
+
+    A source has 1,000 conversations, again and again. A picture's number is below the source's records / shared.
+    """
+    sources = list(prepare.MIX.values())
+    total = sum(count for _, count, *_ in sources)
+    texts = {source: [conversation(rng, source[0] is not None, *source[2:]) for _ in range(1000)] for source in sources}
+    for i, source in enumerate(rng.choices(sources, [count for _, count, *_ in sources], k=n)):
+        path = source[0] and f"{source[0]}/{rng.randrange(1 + int(source[1] * n / total / shared)):012}.jpg"
+        image = f'"image": "{path}", ' if path else ""
+        yield f'{{"id": "{i:012}", {image}"conversations": {rng.choice(texts[source])}}}', path
 
 
 def picture(rng):
@@ -62,9 +70,9 @@ def invent(folder, n):
     rng, noise, names = random.Random(0), np.random.default_rng(0), set()
     (folder / "images").mkdir(parents=True)
     with open(folder / "data.json", "w") as file:
-        for i, record in enumerate(records(n, rng)):
-            file.write(("[" if i == 0 else ",\n ") + json.dumps(record))
-            names |= {record["image"]} if "image" in record else set()
+        for i, (text, path) in enumerate(records(n, rng)):
+            file.write(("[" if i == 0 else ",\n ") + text)
+            names |= {path} if path else set()
         file.write("]\n")
     for i in range(64):
         picture(noise).save(folder / "images" / f"{i}.jpg", quality=90)
