@@ -29,6 +29,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from array import array
 from collections import deque
@@ -149,6 +150,18 @@ class Look:
 tokenizer_of = cache(Tokenizer.from_pretrained)       # one per process
 
 
+def follow(parent: int) -> None:
+    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes, too: nobody else would end
+    it, and it holds the lock on the folder."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def digest(job: Job) -> tuple[list[Row], list[Look]]:
     rows = [read(record, f"record {job.first + i}", job.template, tokenizer_of(job.llm))
             for i, record in enumerate(job.records)]
@@ -250,7 +263,7 @@ def in_order(todo: Iterator[Job], workers: int) -> Iterator[tuple[Job, tuple]]:
     if workers == 0:
         yield from ((job, digest(job)) for job in todo)
         return
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=follow, initargs=(os.getpid(),))
     try:
         waiting = deque()
         for job in todo:

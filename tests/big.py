@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
+from clip import open_image, preprocess  # noqa: E402
 
 WORDS = ("the of and a to in is you that it he was for on are as with his they at be this have from or one had by word "
          "but not what all were we when your can said there use an each which she do how their if will up other about "
@@ -97,6 +99,21 @@ def memory(pid):
     return total
 
 
+def pictures(folder):
+    """Processor time for a picture, on one core: what prepare does with it, and what a training does."""
+    names = [f"{i}.jpg" for i in range(64)]
+    for what, do in (("prepare", lambda name: prepare.look(folder, name, decode=False)),
+                     ("prepare --decode", lambda name: prepare.look(folder, name, decode=True)),
+                     ("decode in full", lambda name: open_image(folder / name)),
+                     ("to 336 pixels, padded", lambda name: preprocess(open_image(folder / name), 336, True))):
+        do(names[0])
+        tic = time.process_time()
+        for name in names:
+            do(name)
+        each = (time.process_time() - tic) / len(names)
+        print(f"{what:22} {1000 * each:6.2f} ms a picture of 640 x 480, {1 / each:6,.0f} a second")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llm", required=True)
@@ -107,7 +124,10 @@ def main():
     if not args.folder.exists():
         tic = time.perf_counter()
         invent(args.folder, args.n)
-        print(f"invented in {time.perf_counter() - tic:.0f} s: {os.path.getsize(args.folder / 'data.json') / 1e6:,.0f} MB")
+        size = os.path.getsize(args.folder / "data.json")
+        print(f"invented in {time.perf_counter() - tic:.0f} s: {size / 1e6:,.0f} MB of json")
+    torch.set_num_threads(1)
+    pictures(args.folder / "images")
     tic, peak = time.perf_counter(), 0
     run = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "prepare", "--json", str(args.folder / "data.json"),
                             "--images", str(args.folder / "images"), "--out", str(args.folder / "prepared"),
@@ -119,7 +139,8 @@ def main():
             pass
         time.sleep(0.5)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{time.perf_counter() - tic:.0f} s, of processor time {used.ru_utime + used.ru_stime:.0f} s, peak memory of all its processes together {peak / 1e9:.2f} GB")
+    print(f"{time.perf_counter() - tic:.0f} s, processor time {used.ru_utime + used.ru_stime:.0f} s, "
+          f"peak memory of all processes together {peak / 1e9:.2f} GB")
     sys.exit(run.returncode)
 
 

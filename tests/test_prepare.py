@@ -5,8 +5,11 @@ import math
 import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +43,8 @@ def record(*texts, **more):
 
 
 def random_text(rng):
-    return " ".join(rng.choices(["a", "cat", "red", "12", "\n", "é", "日本", "🙂", "</s>", "?"], k=rng.randint(1, 12)))
+    words = ["a", "cat", "red", "12", "\n", "é", "日本", "🙂", "</s>", "?"]
+    return " ".join(rng.choices(words, k=rng.randint(1, 12)))
 
 
 def random_record(rng, i, pictures):
@@ -95,12 +99,14 @@ def same_items(one, other):
 def random_value(rng, depth=0):
     kind = rng.randrange(8 if depth < 3 else 5)
     if kind < 2:
-        return "".join(rng.choices(["a", '"', "\\", "é", "🙂", "\n", "]", "}", ",", "\ud83d", "\u2028"], k=rng.randrange(9)))
+        pieces = ["a", '"', "\\", "é", "🙂", "\n", "]", "}", ",", "\ud83d", "\u2028"]
+        return "".join(rng.choices(pieces, k=rng.randrange(9)))
     if kind < 5:
         return rng.choice([0, -12, 3.5e-7, 123456, True, False, None])
     if kind < 7:
         return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {str(random_value(rng, 3)).replace("\ud83d", ""): random_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+    keys = [str(random_value(rng, 3)).replace("\ud83d", "") for _ in range(rng.randrange(4))]
+    return {key: random_value(rng, depth + 1) for key in keys}
 
 
 def test_stream_is_json_loads(tmp_path, monkeypatch):
@@ -120,7 +126,8 @@ def test_stream_finds_every_cut_and_every_slip(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Text, "BLOCK", 5)
     whole, file = '[{"a": "é\\u00e9"}, [12, null], 345]', tmp_path / "x.json"
     wrong = [whole.encode()[:n] for n in range(len(whole.encode()))]
-    wrong += [text.encode() for text in (whole[:-1] + ",]", whole + "]", whole + " 3", "[,1]", "[1 2]", "[1,,2]", whole + whole)]
+    slips = [whole[:-1] + ",]", whole + "]", whole + " 3", whole + whole, "[,1]", "[1 2]", "[1,,2]", "[1x]"]
+    wrong += [text.encode() for text in slips]
     for content in wrong:
         file.write_bytes(content)
         with pytest.raises(ValueError):
@@ -176,7 +183,8 @@ def test_what_is_left_out_is_said(world, tokenizer):
     noise(images / "other.gif")
     whole = (images / "coco" / "a.jpg").read_bytes()
     (images / "cut.jpg").write_bytes(whole[:len(whole) // 2])
-    bad = [record("<image>", "b", image=name, id=name) for name in ("gif.jpg", "other.jpg", "cut.jpg", "cut.jpg", "none.jpg")]
+    names = ("gif.jpg", "other.jpg", "cut.jpg", "cut.jpg", "none.jpg")
+    bad = [record("<image>", "b", image=name, id=name) for name in names]
     bad += [{"id": "odd", "conversations": 3}, record("<image>", "b", image="../x.json"), None]
     (world / "y.json").write_text(json.dumps(records[:20] + bad))
     said = "\n".join(make(world, json_name="y.json"))
@@ -196,9 +204,11 @@ def test_what_is_left_out_is_said(world, tokenizer):
     assert "3 not LLaVA's format (first: record 25 (id 'odd')" in said and "1 GIF called .jpg" in said
     kept = [r for i, r in enumerate(records[:20]) if i not in (17, 18)]
     (world / "z.json").write_text(json.dumps(kept + [bad[0], {**bad[1], "image": "other.gif"}]))
-    one, two = (Prepared(world / "out", None, tokenizer, "v1", 28), data.load(world / "z.json", images, tokenizer, size=28))
-    for i in range(20):
-        a, b = one[i], two[i]
+    prepared = Prepared(world / "out", None, tokenizer, "v1", 28)
+    loaded = data.load(world / "z.json", images, tokenizer, "v1", 28)
+    assert len(prepared) == len(loaded) == 20
+    for i in range(20):                                  # the records' numbers are other ones, now
+        a, b = prepared[i], loaded[i]
         assert a["ids"] == b["ids"] and torch.equal(a["pixels"], b["pixels"])
     with pytest.raises(UserError, match="8 of 28 .* more than --tolerate 0.2: .*1 its picture is missing") as e:
         make(world, "out2", "y.json", tolerate=0.2)
@@ -211,7 +221,8 @@ def test_the_report_counts(world, tokenizer):
     loaded = data.load(world / "x.json", None, tokenizer, say=lambda _: None)
     samples = [loaded.sample(i) for i in range(len(loaded))]
     assert sum(s["ids"] for s in report["sources"].values()) == sum(len(s.ids) for s in samples)
-    assert sum(s["supervised"] for s in report["sources"].values()) == sum(x != IGNORE for s in samples for x in s.labels)
+    learnt = sum(label != IGNORE for sample in samples for label in sample.labels)
+    assert sum(s["supervised"] for s in report["sources"].values()) == learnt
     assert sum(s["records"] for s in report["sources"].values()) == 300
     assert set(report["sources"]) == {"coco", "no folder", "text only"}
     for picture, what in ((True, "with picture"), (False, "text only")):
@@ -306,10 +317,40 @@ def test_an_interrupted_run_leaves_nothing(world, monkeypatch):
     assert (world / "out2.tmp").exists() and not (world / "out2").exists()
 
 
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import data, prepare
+stream = data.stream
+data.stream = lambda *args: (time.sleep(0.1) or record for record in stream(*args))
+prepare.CHUNK = 1
+prepare.prepare({json!r}, {images!r}, {out!r}, {llm!r}, workers=2)
+"""
+
+
+def test_a_run_that_was_killed_leaves_no_process_and_no_lock(world):
+    program = SLOW.format(root=str(ROOT), json=str(world / "x.json"), images=str(world / "images"),
+                          out=str(world / "out"), llm=str(LLM))
+    run = subprocess.Popen([sys.executable, "-c", program])
+    reading = []
+    while len(reading) < 2:                             # its two reading processes are there
+        assert run.poll() is None
+        time.sleep(0.05)
+        reading = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.kill()
+    run.wait()
+    assert (world / "out.tmp").exists() and not (world / "out").exists()
+    tic = time.perf_counter()
+    while any(os.path.exists(f"/proc/{pid}/fd/0") for pid in reading):
+        time.sleep(0.05)
+        assert time.perf_counter() < tic + 20
+    make(world)
+    assert (world / "out").exists() and not (world / "out.tmp").exists()
+
+
 def test_inputs_that_are_not_there(world):
-    for bad, why in ((dict(json_name="none.json"), "none.json: no such file"),):
-        with pytest.raises(UserError, match=why):
-            make(world, **bad)
+    with pytest.raises(UserError, match="none.json: no such file"):
+        make(world, json_name="none.json")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         prepare.prepare(world / "x.json", world / "nowhere", world / "out", LLM)
     with pytest.raises(UserError, match="--images"):
@@ -343,8 +384,8 @@ def test_command(world, monkeypatch, capsys):
         data.main()
         return capsys.readouterr().out
 
-    command = ["prepare", "--json", world / "x.json", "--images", world / "images", "--out", world / "out", "--llm", LLM,
-               "--workers", 0]
+    command = ["prepare", "--json", world / "x.json", "--images", world / "images", "--out", world / "out",
+               "--llm", LLM, "--workers", 0]
     with pytest.raises(UserError, match="4 of 300 records would be left out, more than --tolerate 0.01"):
         call(*command)
     assert "296 of 300" in call(*command, "--tolerate", 0.02) and "nothing to do" in call(*command)
@@ -418,9 +459,9 @@ def test_a_picture_damaged_later(world, tokenizer, capfd, tmp_path):
     (world / "images" / "c.jpg").write_bytes(b"")
     hit = [i for i in range(len(prepared)) if prepared.path(i) == world / "images" / "c.jpg"]
     assert len(hit) > 20                 # under two names, one of them dotted
-    rows = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=2, sampler=[*range(len(prepared))] * 2)
-    for i, after in enumerate(rows):
-        i %= len(prepared)
+    twice = 2 * [*range(40), *hit]
+    rows = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=2, sampler=twice)
+    for i, after in zip(twice, rows, strict=True):
         for key in ("ids", "query", "turns", "ends"):
             assert after[key] == before[i][key]
         assert torch.equal(after["pixels"], torch.zeros(3, 28, 28) if i in hit else before[i]["pixels"])
@@ -555,7 +596,7 @@ def trainable(tmp_path):
 
 
 def flags(model, world, out, *more):
-    return ["--stage", "2", "--model", str(model), "--out", str(world / out), "--steps", "8", "--batch", "7", "--lr",
+    return ["--stage", "2", "--model", str(model), "--out", str(world / out), "--steps", "5", "--batch", "7", "--lr",
             "1e-2", "--device", "cpu", "--workers", "0", *more]
 
 
@@ -582,7 +623,7 @@ def test_a_grouped_run_goes_on_in_mid_epoch(model, trainable):
     with pytest.raises(UserError, match="group modality-length, not length"):
         train.main(flags(model, trainable, "parts", *grouped, "--group", "length"))
     train.main(flags(model, trainable, "parts", *grouped))
-    assert log_of(trainable, "whole") == log_of(trainable, "parts") and len(log_of(trainable, "whole")) == 8
+    assert log_of(trainable, "whole") == log_of(trainable, "parts") and len(log_of(trainable, "whole")) == 5
     one, two = weights_of(trainable, "whole"), weights_of(trainable, "parts")
     assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -593,13 +634,18 @@ def test_processes_stay_in_step_over_damaged_pictures(model, trainable):
         (trainable / "images" / f"{i}.png").write_bytes(b"gone")
     both = ["--data", str(trainable / "out"), "--micro", "2", "--threads", "1"]
     train.main(flags(model, trainable, "one", *both))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                          str(ROOT / "train.py"), *flags(model, trainable, "two", *both)],
-                         capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "train.py"), *flags(model, trainable, "two", *both)]
+    torchrun = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    runs = [subprocess.Popen(command, env={**torchrun, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in "01"]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
     for a, b in zip(log_of(trainable, "one"), log_of(trainable, "two"), strict=True):
         assert [float(x) for x in a] == pytest.approx([float(x) for x in b], rel=1e-3, abs=1e-4)
-    assert run.stderr.count("damaged picture") == 4
+    assert "".join(said).count("damaged picture") == 4
     assert len((trainable / "two" / "damaged.jsonl").read_text().splitlines()) == 4
 
 
