@@ -18,11 +18,14 @@ Both are LLaVA-1.5's, token for token. Look at what a model would be trained on 
     python data.py show --json llava_v1_5_mix665k.json --images playground/data --tokenizer vicuna-7b-v1.5 --n 3
 """
 import argparse
+import codecs
 import json
+import math
 import os
 import random
 import re
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -99,7 +102,10 @@ def inside(path: str) -> bool:
 
 def problems(record, where: str = "record", template: str = "v1") -> str | None:
     """Why a well-formed record can't be learnt from, or None. `load` leaves such records out, and says so."""
-    turns, picture = check(record, where, template)
+    return lacks(*check(record, where, template))
+
+
+def lacks(turns: list[tuple[str, str | None]], picture: int | None) -> str | None:
     if turns[-1][1] is None:
         return "the last question has no answer"
     if not all(answer.strip() for _, answer in turns):
@@ -144,9 +150,14 @@ def render(record: dict, tokenizer: Tokenizer, template: str = "v1", where: str 
     """
     if template not in TEMPLATES:
         raise UserError(f"no such template: {template!r} (choose {' or '.join(TEMPLATES)})")
-    if reason := problems(record, where, template):
-        raise UserError(f"{name(record, where)}: {reason}")
     turns, picture = check(record, where, template)
+    if reason := lacks(turns, picture):
+        raise UserError(f"{name(record, where)}: {reason}")
+    return write(turns, picture, tokenizer, template)
+
+
+def write(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Tokenizer, template: str) -> Sample:
+    """What `check` returned, in a template."""
     return plain(*turns[0], tokenizer) if template == "plain" else v1(turns, picture, tokenizer)
 
 
@@ -275,7 +286,7 @@ def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size
     crops and "v1" pads.
     """
     file, image_root = Path(json_path), None if image_root is None else Path(image_root)
-    records = read_records(file)
+    records = list(stream(file))
     numbers, left_out, pictures = [], {}, {}      # left_out: reason -> records; pictures: path -> first record
     for i, record in enumerate(records):
         if reason := problems(record, f"{file}: record {i}", template):
@@ -300,17 +311,73 @@ def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size
     return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad)
 
 
-def read_records(file: Path) -> list:
-    """The list of records in a json file."""
+def stream(file: Path, tap: Callable[[bytes], None] = lambda block: None) -> Iterator:
+    """The records of a json file one by one, with no more than a block of it and one record in memory.
+
+    tap is given the file's bytes as they are read, for whoever counts or hashes them. UserError if the file isn't a
+    list of records: when that shows, which may be at its end.
+    """
+    n = 0
     try:
-        records = json.loads(file.read_bytes())
+        with open(file, "rb") as f:
+            text = Text(f, tap)
+            if text.sign() != "[":
+                raise UserError(f"{file} is not LLaVA's format: it should be a list of records")
+            sign = text.sign() if text.peek() == "]" else ","
+            while sign == ",":
+                yield text.value()
+                n, sign = n + 1, text.sign()
+            if sign != "]" or text.peek():
+                raise ValueError("neither a comma nor the end")
     except OSError as e:
         raise UserError(f"can't read {file}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:     # UnicodeDecodeError is a ValueError, too
-        raise UserError(f"{file} is not JSON: {e}") from None
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{file} is not LLaVA's format: it should be a list of records")
-    return records
+        raise UserError(f"{file} is not JSON: record {n}: {getattr(e, 'msg', e)}") from None
+    if n == 0:
+        raise UserError(f"{file} is not LLaVA's format: there is no record in it")
+
+
+class Text:
+    """A file of JSON, read in blocks, of which the values are taken from the front."""
+    BLOCK, LONGEST = 1 << 20, 1 << 26     # bytes read at a time; characters of a value before it is called broken
+
+    def __init__(self, file, tap: Callable[[bytes], None]):
+        self.file, self.tap, self.text, self.at, self.ended = file, tap, "", 0, False
+        self.decoder, self.scan = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+
+    def read(self) -> None:
+        left = self.text[self.at:]
+        block = self.file.read(max(self.BLOCK, len(left)))      # twice as much, while a value doesn't come to its end
+        self.tap(block)
+        self.text, self.at, self.ended = left + self.decoder.decode(block, final=not block), 0, not block
+
+    def peek(self) -> str:
+        """The next character that isn't blank; "" at the end."""
+        while True:
+            self.at = re.compile(r"[ \t\n\r]*").match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at:self.at + 1]
+            self.read()
+
+    def sign(self) -> str:
+        sign = self.peek()
+        self.at += len(sign)
+        return sign
+
+    def value(self):
+        while True:
+            self.peek()
+            last = self.ended or len(self.text) - self.at > self.LONGEST
+            try:
+                value, stop = self.scan(self.text, self.at)
+            except (ValueError, RecursionError):                # not JSON, or cut in two
+                if last:
+                    raise
+            else:
+                if last or self.text[stop:stop + 1] in tuple(", \t\n\r]"):     # else it may be half a number
+                    self.at = stop
+                    return value
+            self.read()
 
 
 QUERIES = ("all", "sofar", "first")
@@ -376,6 +443,55 @@ def collate(samples: list[dict], pad_id: int = 0) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The order of samples
+
+GROUPS = ("none", "length", "modality-length")
+POOL = 50               # global batches that --group length sorts together
+
+
+def order(n: int, steps: int, batch: int, seed: int, group: str = "none", lengths=None,
+          pictures=None) -> Iterator[list[int]]:
+    """The samples of every step: every sample once an epoch, in an order of its own.
+
+    It is a function of these arguments and of nothing else. So a step's number is enough to go on from there, and the
+    number of processes changes nothing: they share out each global batch (train.pieces).
+
+    none: one permutation; the last batch of an epoch may be short (as LLaVA's is).
+    length: of every 50 batches' samples the longest make one batch, the next another, and so on. lengths: array (n,).
+    modality-length: LLaVA's grouping. A batch is all pictures or all text (pictures: bool array (n,)), but for the
+        last of an epoch, where both kinds' leftovers meet.
+    Both put the longest of a batch first. Processes take every size-th: the samples that they put through the model at
+    the same time are of like length, and if the batch can be shared out evenly, their shares differ in sum by less than
+    its longest sample from its shortest.
+    """
+    per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            batches = epoch(torch.randperm(n, generator=g).tolist(), batch, g, group, lengths, pictures)
+        yield batches[step % per_epoch]
+
+
+def epoch(shuffled: list[int], batch: int, g: torch.Generator, group: str, lengths, pictures) -> list[list[int]]:
+    if group == "none":
+        return split(shuffled, batch)
+    lengths, kinds, pool = lengths.tolist(), [shuffled], POOL * batch
+    if group == "modality-length":
+        kinds, pool = [[i for i in shuffled if pictures[i]], [i for i in shuffled if not pictures[i]]], batch
+    whole, rest = [], []
+    for kind in kinds:
+        end = len(kind) // batch * batch
+        rest += kind[end:]
+        for samples in split(kind[:end], pool):
+            whole += split(sorted(samples, key=lambda i: -lengths[i]), batch)
+    whole = [whole[i] for i in torch.randperm(len(whole), generator=g).tolist()]
+    return whole + [sorted(samples, key=lambda i: -lengths[i]) for samples in split(rest, batch)]
+
+
+def split(rows: list, size: int) -> list[list]:
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Looking at it
 
 COLOURS = dict(answer=("\033[32m", "\033[0m"), query=("\033[4;36m", "\033[0m"), picture=("\033[7m", "\033[0m"))
@@ -432,7 +548,11 @@ def main() -> None:
     p.add_argument("--seed", type=int, help="draw them at random with this seed (default: the first n)")
     p.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
                    help="colours or brackets (default: colours on a terminal)")
+    import prepare     # which imports this file, as toy does: only for its commands, and only here
+    prepare.add_commands(commands)
     args = parser.parse_args()
+    if args.command != "show":
+        return args.run(args)
     if args.n < 1:
         raise UserError("--n should be at least 1")
     if args.json is None and args.images is not None:

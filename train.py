@@ -36,8 +36,10 @@ import plan
 import toy
 from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
 from clip import CLIPVision
+from data import GROUPS, order, split
 from llama import Llama, Tokenizer
 from parallel import total
+from prepare import Prepared
 from weights import UserError, autocast_dtype, read_json, run, write_beside
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
@@ -50,14 +52,16 @@ RECIPES = {
 TOY_STEPS = {1: 250, 2: 1600}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 
-# Where `torchrun train.py --stage N` looks, and where to get it. (flag, stage): (place, source)
+# Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place, source)
 HUB = "https://huggingface.co/"
 PLACES = {
-    ("json", 1): ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", f"{HUB}datasets/liuhaotian/LLaVA-Pretrain"),
-    ("images", 1): ("data/LLaVA-Pretrain/images", "images.zip of the same, unpacked"),
-    ("json", 2): ("data/llava_v1_5_mix665k.json", f"{HUB}datasets/liuhaotian/LLaVA-Instruct-150K"),
-    ("images", 2): ("data", "coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and "
-                            "VG_100K_2 (LLaVA's README, \"Visual Instruction Tuning\", links them)"),
+    ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1 --llm models/vicuna-7b-v1.5
+            --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --images data/LLaVA-Pretrain/images
+            of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
+    ("data", 2): ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
+            --json data/llava_v1_5_mix665k.json --images data
+            of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that LLaVA's
+            README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2"""),
     ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
     ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
     ("model", 2): ("out/llava/stage1", "train.py --stage 1"),
@@ -73,8 +77,11 @@ def arguments(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
-    g.add_argument("--json", help="LLaVA json")
-    g.add_argument("--images", help="the folder that the json's pictures are relative to")
+    g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
+    g.add_argument("--json", help="a LLaVA json as it is: for thousands of records, not for hundreds of thousands")
+    g.add_argument("--images", help="the folder that the pictures' paths are relative to (with --data: prepare's)")
+    g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
+                   "modality-length in stage 2, as LLaVA, else none)")
     g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
@@ -124,13 +131,18 @@ def arguments(argv=None):
 def complete(args):
     """Defaults that depend on other arguments, and what doesn't go together."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    args.world = args.world or ("llava" if args.json or args.plan or "WORLD_SIZE" in os.environ else "toy")
-    if args.world == "llava":
-        for (flag, stage), (place, _) in PLACES.items():
-            if stage == args.stage and getattr(args, flag) is None:
-                setattr(args, flag, place)
-    elif args.json:
-        raise UserError("--json is data of its own: leave --world toy out")
+    given = args.json or args.data
+    args.world = args.world or ("llava" if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
+    if args.json and args.data:
+        raise UserError("--json and --data are two ways to say what to train on: give one")
+    if args.world == "toy" and given:
+        raise UserError(f"{given} is data of its own: leave --world toy out")
+    for (flag, stage), (place, _) in PLACES.items() if args.world == "llava" else ():
+        if stage == args.stage and getattr(args, flag) is None and not (flag == "data" and args.json):
+            setattr(args, flag, place)
+    args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
+    if args.group != "none" and not args.data:
+        raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
     if args.stage == 2 and (args.vision or args.llm):
         raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
     args.mode = args.stage1_ccra if args.stage == 1 else "on"
@@ -157,7 +169,7 @@ def check_places(args):
     if args.world == "toy":
         return
     missing = [(flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
-               if stage == args.stage and not Path(getattr(args, flag)).exists()]
+               if stage == args.stage and getattr(args, flag) and not Path(getattr(args, flag)).exists()]
     if missing:
         lines = [f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
         raise UserError("\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] + lines
@@ -244,20 +256,6 @@ def freeze(model: VLM, stage: int, mode="on", train_vision=False):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def order(n, steps, batch, seed):
-    """The samples of every step: one seeded permutation an epoch, whose last batch may be short (as LLaVA's is)."""
-    per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            shuffled = torch.randperm(n, generator=g).tolist()
-        at = step % per_epoch * batch
-        yield shuffled[at:at + batch]
-
-
-def split(rows, micro):
-    return [rows[i:i + micro] for i in range(0, len(rows), micro)]
-
-
 def pieces(rows, rank, size, micro):
     """This process's share of a step's samples, in micro-batches. If there are fewer samples than processes, some
     process has none: it takes the first, which `train_step` is told not to count."""
@@ -267,7 +265,8 @@ def pieces(rows, rank, size, micro):
 def settings(args, steps, n):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, **variant(args))
+                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query,
+                **({"group": args.group} if args.data else {}), **variant(args))
 
 
 def recompute(model: VLM):
@@ -314,9 +313,11 @@ def take(batches):
 
 
 def open_dataset(args, tokenizer, size, say):
-    """What is trained on: a LLaVA json, checked as a whole before the first step, or the embedded world."""
-    if args.world == "llava":
-        template = "plain" if args.stage == 1 else "v1"
+    """What is trained on: a LLaVA json, all of it checked before the first step or long ago, or the embedded world."""
+    template = "plain" if args.stage == 1 else "v1"
+    if args.data:
+        return Prepared(args.data, args.images, tokenizer, template, size, damaged=args.out / "damaged.jsonl")
+    if args.json:
         return data.load(args.json, args.images, tokenizer, template, size, say=say)
     n = (args.steps or TOY_STEPS[args.stage]) * args.batch
     return toy.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
@@ -356,15 +357,18 @@ def say_answers(model, tokenizer, device, step, n=4):
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after or SIGTERM ended it."""
     steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
-    plan_ = list(order(len(dataset), steps, args.batch, args.seed))[start:]
-    mine = [pieces(rows, rank, size, args.micro) for rows in plan_]
+    picture_rows = vlm.vision.grid ** 2
+    like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
+                                                lengths=dataset.lengths(picture_rows, args.max_length))
+    todo = list(order(len(dataset), steps, args.batch, args.seed, **like))[start:]
+    mine = [pieces(rows, rank, size, args.micro) for rows in todo]
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=sum(mine, []), num_workers=args.workers, generator=torch.Generator(),
-        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=vlm.vision.grid ** 2)))
+        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
     cost = lambda lengths, supervised: plan.flops(vlm, lengths, supervised, args.train_vision, args.stage == 2)
-    for step, (rows, share) in enumerate(zip(plan_, mine), start):
+    for step, (rows, share) in enumerate(zip(todo, mine), start):
         tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr

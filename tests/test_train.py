@@ -322,7 +322,7 @@ def test_what_is_missing_is_said_at_once(tmp_path):
     """The paper's command where nothing is: what it looked for, where to get it and how to say where it is."""
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone",
                           str(ROOT / "train.py"), "--stage", "2"], capture_output=True, text=True, cwd=tmp_path)
-    for name in ("--json", "--images", "--model", "data/llava_v1_5_mix665k.json", "huggingface.co", "--world toy"):
+    for name in ("--data", "--model", "prepare", "data/llava_v1_5_mix665k.json", "huggingface.co", "--world toy"):
         assert name in run.stderr, run.stderr
     assert "step 1/" not in run.stdout and not list(tmp_path.iterdir())
 
