@@ -47,18 +47,19 @@ def flops(model, lengths: list, supervised: int, vision_trained=False, llm_train
         + len(lengths) * (tower_flops * (3 if vision_trained else 1) + 3 * projector)
 
 
-def report(args, model_of, steps, samples) -> str:
-    """The plan on paper. model_of(): the VLM; steps, samples: of the whole training."""
+def report(args, model, steps, samples) -> str:
+    """The plan on paper. model: a VLM without numbers, as it is trained; steps, samples: of the whole training."""
     peak, room = GPUS[args.gpu]
     length, samples_a_card = args.max_length, math.ceil(args.batch / args.gpus)
-    model = model_of()
     work = flops(model, [length] * args.batch, args.batch * length // 4, args.train_vision, args.stage == 2)
     count = sum(p.numel() for p in model.parameters())
     lines = [f"stage {args.stage}: {count:,} parameters, {samples:,} samples in {steps:,} steps of {args.batch}, all "
              f"rows taken as {length} tokens long (real ones are shorter)",
              f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s ({args.gpu}):"]
     for n in (2 ** i for i in range(10)):
-        if args.batch % n == 0:
+        if n > args.batch:
+            lines.append(f"{n:5} x {args.gpu}   more cards than samples in a step: raise --batch, and --lr with it")
+        elif args.batch % n == 0:
             hours, micro = steps * work / (n * peak * args.mfu) / 3600, min(args.micro, args.batch // n)
             lines.append(f"{n:5} x {args.gpu} {hours:9.1f} h   {args.batch // n} samples a card and step, "
                          f"{math.ceil(args.batch / n / micro)} x {micro}")
@@ -78,6 +79,7 @@ def measure(model, args, micro, device="cpu") -> dict:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
@@ -86,14 +88,16 @@ def measure(model, args, micro, device="cpu") -> dict:
         with FakeTensorMode():
             model = fake(model)
             model.forward = partial(whole_step, model)
-            parallel.share(model, args.parallel, torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
+            if args.parallel == "fsdp":          # with DDP a process holds all of it, and the gradients once more
+                parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=1e-5)
-            tracker = FSDPMemTracker(model, optimizer)
+            sliced = args.parallel == "fsdp"
+            tracker = FSDPMemTracker(model, optimizer) if sliced else MemTracker()
             size, length = model.vision.config.image_size, args.max_length
             pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
             ids = torch.zeros(micro, length - model.vision.grid ** 2, dtype=torch.long)
-            tracker.track_external(pixels, ids)
+            tracker.track_external(pixels, ids, *(() if sliced else (model, optimizer)))
             with tracker:
                 for step in range(2):           # AdamW's moments are there from the second step on
                     model(pixels, ids).backward()

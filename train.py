@@ -35,12 +35,13 @@ import parallel
 import plan
 import toy
 from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
-from clip import CLIPVision
+from clip import CLIPVision, CLIPVisionConfig
 from data import GROUPS, order, split
-from llama import Llama, Tokenizer
+from formats import Folder
+from llama import Llama, LlamaConfig, Tokenizer
 from parallel import total
 from prepare import Prepared
-from weights import UserError, autocast_dtype, read_json, run, write_beside
+from weights import UserError, autocast_dtype, read_json, run, skeleton, write_beside
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
@@ -51,17 +52,20 @@ RECIPES = {
 }
 TOY_STEPS = {1: 250, 2: 1600}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
+VICUNA = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+              rms_norm_eps=1e-5, max_position_embeddings=4096)
 
 # Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place, source)
 HUB = "https://huggingface.co/"
 PLACES = {
-    ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1 --llm models/vicuna-7b-v1.5
-            --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --images data/LLaVA-Pretrain/images
+    ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1
+            --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --images data/LLaVA-Pretrain/images
             of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
     ("data", 2): ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
             --json data/llava_v1_5_mix665k.json --images data
-            of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that LLaVA's
-            README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2"""),
+            of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that
+            LLaVA's README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K,
+            vg/VG_100K_2"""),
     ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
     ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
     ("model", 2): ("out/llava/stage1", "train.py --stage 1"),
@@ -448,6 +452,34 @@ class Log:
             self.wandb.log({k: float(v) for k, v in zip(COLUMNS[1:], values[1:]) if v != "-"}, step=step)
 
 
+def sketch(args):
+    """The model of --plan, without numbers: of the folders if they are there, else of the paper's sizes."""
+    with skeleton():
+        if args.stage == 2 and Path(args.model, "config.json").is_file():
+            folder = Folder(args.model)
+            vision, llm = (folder.part(part) for part in ("vision", "llm"))
+        else:
+            parts = {part: getattr(args, part) and Path(getattr(args, part)) for part in ("vision", "llm")}
+            vision, llm = (Folder(dir).part(part) if dir and (dir / "config.json").is_file() else None
+                           for part, dir in parts.items())
+        tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
+        llama = Llama(LlamaConfig.from_dict(llm or VICUNA))
+        sizes = dict(text_dim=llama.config.hidden_size, vision_dim=tower.config.hidden_size,
+                     n_layers=tower.config.num_hidden_layers)
+        model = VLM.build(tower, llama, CCRAConfig(**sizes, **variant(args)))
+    save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, torch.bfloat16)
+    if args.recompute:
+        recompute(model)
+    return model
+
+
+def epoch(args):
+    """(steps, samples) of --plan: of the prepared data if they are there, else of LLaVA's."""
+    report = Path(args.data or "", "report.json")
+    samples = read_json(report)["samples"] if args.data and report.is_file() else {1: 558128, 2: 665298}[args.stage]
+    return args.steps or math.ceil(samples / args.batch), samples
+
+
 def write_model(args, model, trained, tokenizer, course, dtype):
     """The trained model as a folder that from_pretrained reads, and train.json, which says how it came about.
 
@@ -467,9 +499,9 @@ def write_model(args, model, trained, tokenizer, course, dtype):
 
 def main(argv=None):
     args = arguments(argv)
-    check_places(args)
     if args.plan:
-        return print(plan.report(args))
+        return print(plan.report(args, sketch(args), *epoch(args)))
+    check_places(args)
     rank, size, device = parallel.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype = autocast_dtype(device)
