@@ -6,11 +6,10 @@ public tensors it has no use for (`unneeded`); everything else is done by `load`
 missing, unknown, twice there or of the wrong shape ends the program with one line that names it. A model with one layer
 left at random looks almost right, and that costs days; an error costs a minute.
 
-Also here, because every file needs them: the error for users, the entry point that prints it, the choice of a device.
+Also here, because every file needs it: the choice of a device.
 """
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -22,23 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import errors
+
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
-
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line that names the thing and says what to do."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a program's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C becomes 130."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+UserError, run = errors.UserError, errors.run      # from the file on the left: scoring needs them without torch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
