@@ -11,16 +11,14 @@ An answers file has one JSON object a line: "question_id" and "text", and "promp
 it. Every scorer takes (annotations: Path, answers: list[Answer]) and gives (the published number, dict of all numbers);
 all are in percent but MME's. What the official scorer tolerates is a warning with a count, all else a UserError.
 """
-import ast
-import csv
-import json
 import random
 import re
 import string
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from answers import Answer, absent, expect, join, read_json, read_lines, warn
+from answers import (Answer, absent, expect, expect_rows, join, mmbench_rows, mme_task, mmmu_rows, read_json,
+                     read_lines, warn)
 from errors import UserError
 
 
@@ -129,12 +127,12 @@ def textvqa(path: Path, answers: list[Answer]):
     """
     what = "TextVQA's annotations (TextVQA_0.5.1_val.json)"
     data = read_json(path, dict, what).get("data")
-    expect(isinstance(data, list) and data and all(isinstance(row, dict) and {"image_id", "question"} <= row.keys()
-                                                   for row in data), path, what)
-    expect(all(len(row.get("answers", [])) == 10 for row in data), path, "a split with ten human answers a question")
+    expect(isinstance(data, list) and data, path, what)
+    expect_rows(data, path, what, image_id=(str, int), question=str, answers=list)
+    expect(all(len(row["answers"]) == 10 for row in data), path, "a split with ten human answers a question")
     rows = {(str(row["image_id"]), row["question"].lower()): row for row in data}
     known = Counter((str(row["image_id"]), row["question"].lower()) for row in data)
-    joined = join(answers, known, None, lambda answer: (answer.id, textvqa_question(answer)))
+    joined = join(answers, known, lambda answer: (answer.id, textvqa_question(answer)), strangers=False)
     absent(known, joined, "left out of the mean")
     ours = [vqa_accuracy(evalai(a.text), [evalai(h) for h in rows[key]["answers"]]) for key, a in joined.items()]
     kit = [vqa_accuracy(vqa(a.text, CONTRACTIONS, PERIOD_VLMEVALKIT),
@@ -164,33 +162,32 @@ def vizwiz(path: Path, answers: list[Answer]):
     lmms-eval normalises both sides by `evalai`, and this is the number most papers give for val. LLaVA's own is of
     test, whose answers are hidden: it is uploaded.
     """
-    rows, texts = vizwiz_rows(path), [evalai(answer.text) for answer in vizwiz_joined(path, answers)]
-    if not all(row.get("answers") for row in rows):
+    rows, texts = zip(*vizwiz_upload(path, answers))
+    if not any("answers" in row for row in rows):
         return None, {}
+    what = "VizWiz's val.json"
+    expect_rows(rows, path, what, answers=list, answer_type=str)
+    expect_rows((human for row in rows for human in row["answers"]), path, what, answer=str)
     humans = [[human["answer"] for human in row["answers"]] for row in rows]
     right = [vqa_accuracy(vqa(text, CONTRACTIONS_VIZWIZ), said) for text, said in zip(texts, humans)]
     lmms = [vqa_accuracy(text, [evalai(h) for h in said]) for text, said in zip(texts, humans)]
     types = defaultdict(list)
     for row, score in zip(rows, right):
-        types[str(row.get("answer_type"))].append(score)
+        types[row["answer_type"]].append(score)
     official = round(100 * sum(right) / len(right), 2)                      # the official scorer rounds, so we do
     return official, dict(vizwiz_official=official, vizwiz_lmms=percent(lmms), n=len(rows), answer_type={
         kind: round(100 * sum(scores) / len(scores), 2) for kind, scores in sorted(types.items())})
 
 
-def vizwiz_joined(path: Path, answers: list[Answer]) -> list[Answer]:
-    """In the order of the annotations. The official server wants them all."""
-    ids = [str(i) for i in range(len(vizwiz_rows(path)))]
+def vizwiz_upload(path: Path, answers: list[Answer]) -> list[tuple[dict, str]]:
+    """(record, normalised answer) of each record. The official server wants them all."""
+    what = "VizWiz's annotations (val.json or test.json)"
+    rows = read_json(path, list, what)
+    expect_rows(rows, path, what, image=str, question=str)
+    ids = [str(i) for i in range(len(rows))]
     joined = join(answers, ids)
     absent(ids, joined, None)
-    return [joined[id] for id in ids]
-
-
-def vizwiz_rows(path: Path) -> list[dict]:
-    rows = read_json(path, list, "VizWiz's annotations (val.json or test.json)")
-    expect(all(isinstance(row, dict) and {"image", "question"} <= row.keys() for row in rows), path,
-           "VizWiz's annotations (val.json or test.json)")
-    return rows
+    return [(row, evalai(joined[id].text)) for id, row in zip(ids, rows)]
 
 
 def gqa(path: Path, answers: list[Answer]):
@@ -201,8 +198,8 @@ def gqa(path: Path, answers: list[Answer]):
     """
     what = "GQA's questions (testdev_balanced_questions.json)"
     questions = read_json(path, dict, what)
-    expect(all(isinstance(q, dict) and {"question", "answer", "isBalanced", "types"} <= q.keys()
-               for q in questions.values()), path, what)
+    expect_rows(questions.values(), path, what, question=str, answer=str, isBalanced=bool, types=dict)
+    expect_rows((q["types"] for q in questions.values()), path, what, structural=str, semantic=str)
     balanced = {id: q for id, q in questions.items() if q["isBalanced"]}
     expect(balanced, path, "a GQA split with balanced questions")
     joined = join(answers, questions)
@@ -259,9 +256,11 @@ def scienceqa(path: Path, answers: list[Answer]):
     """
     problems = read_json(path / "problems.json", dict, "ScienceQA's problems.json")
     test = read_json(path / "pid_splits.json", dict, "ScienceQA's pid_splits.json").get("test")
-    expect(test and all(pid in problems for pid in test), path / "pid_splits.json", "the splits of this problems.json")
-    expect(all({"choices", "answer"} <= problems[pid].keys() for pid in test), path / "problems.json",
-           "ScienceQA's problems.json")
+    expect(isinstance(test, list) and test and all(pid in problems for pid in test), path / "pid_splits.json",
+           "the splits of this problems.json")
+    expect_rows((problems[pid] for pid in test), path / "problems.json", "ScienceQA", choices=list, answer=int)
+    expect(all(problems[pid]["answer"] in range(len(problems[pid]["choices"])) for pid in test), path / "problems.json",
+           "ScienceQA: an answer that is none of the choices")
     joined = join(answers, test)
     absent(test, joined, "wrong, and not counted as IMG")
     if any(answer.prompt is None for answer in joined.values()):
@@ -274,7 +273,7 @@ def scienceqa(path: Path, answers: list[Answer]):
         right.append(scienceqa_letter(text) == letter)
         img.append(answer is not None and (pid in pictured if answer.prompt is None else "<image>" in answer.prompt))
         lmms.append(text.strip().lower() == letter.lower() or text.strip()[:2] == letter + ".")
-        kit.append(can_infer(text, dict(zip("ABCDE", choices))) == letter)
+        kit.append(answer is not None and can_infer(text, dict(zip("ABCDE", choices))) == letter)
     if not any(img):
         raise UserError(f"none of the {len(joined)} answers is to a question with a picture: no prompt holds <image>")
     disagree = sum("image" in problems[pid] and (problems[pid]["image"] is not None) != seen
@@ -296,11 +295,6 @@ def scienceqa_letter(text: str) -> str | None:
         return text[0]
     said = re.findall(r"The answer is ([A-Z]).", text)
     return said[0] if len(said) == 1 else None
-
-
-# What pandas, which reads the table for the official tools, takes for an empty cell: an option "None" is none.
-EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-         "NULL", "NaN", "None", "n/a", "nan", "null"}
 
 
 def mmbench(path: Path, answers: list[Answer]):
@@ -343,24 +337,6 @@ def mmbench(path: Path, answers: list[Answer]):
     return metrics["circular"], metrics
 
 
-def mmbench_rows(path: Path) -> list[dict]:
-    """The table without its pictures; index as a string, empty cells None."""
-    what = "MMBench's table (mmbench_dev_20230712.tsv)"
-    csv.field_size_limit(2 ** 31 - 1)                      # a picture is one field
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            expect({"index", "question", "A", "B", "C", "D"} <= set(reader.fieldnames or ()), path, what)
-            rows = [{key: None if value in EMPTY else value for key, value in row.items() if key != "image"}
-                    for row in reader]
-    except OSError as e:
-        raise UserError(f"{path}: cannot read it ({e.strerror}); --annotations should lead to {what}") from None
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: not {what} ({e})") from None
-    expect(rows and all(None not in row and (row["index"] or "").isdecimal() for row in rows), path, what)
-    return rows
-
-
 def seed(path: Path, answers: list[Answer]):
     """SEED-Bench.json: {"questions": [{"question_id", "answer", "data_type", ...}], "question_type": {name: id}}.
 
@@ -371,11 +347,10 @@ def seed(path: Path, answers: list[Answer]):
     what = "SEED-Bench's annotations (SEED-Bench.json, version 1)"
     content = read_json(path, dict, what)
     rows, types = content.get("questions"), content.get("question_type")
-    needed = {"question_id", "answer", "data_type", "question_type_id", "choice_a", "choice_b", "choice_c", "choice_d"}
-    expect(isinstance(rows, list) and rows and isinstance(types, dict)
-           and all(isinstance(row, dict) and needed <= row.keys() for row in rows), path, what)
+    expect(isinstance(rows, list) and rows and isinstance(types, dict), path, what)
+    expect_rows(rows, path, what, question_id=(str, int), answer=str, data_type=str, question_type_id=int)
     names = {number: name for name, number in types.items()}
-    expect(all(row["question_type_id"] in names for row in rows), path, what)
+    expect(all(row["question_type_id"] in names for row in rows), path, f"{what}: a question of unknown type")
     ids = [str(row["question_id"]) for row in rows]
     joined = join(answers, Counter(ids))
     absent(ids, joined, "wrong")
@@ -383,8 +358,9 @@ def seed(path: Path, answers: list[Answer]):
     right = [text == row["answer"] for text, row in zip(texts, rows)]
     lmms = [text is not None and text.strip()[:1].lower() == row["answer"].strip().lower()
             for text, row in zip(texts, rows)]
-    kit = [text is not None and can_infer(text, {x: str(row[f"choice_{x.lower()}"]) for x in "ABCD"}) == row["answer"]
-           for text, row in zip(texts, rows)]
+    choices = [{x.upper(): str(row.get(f"choice_{x}")) for x in "abcd"} for row in rows]
+    kit = [text is not None and can_infer(text, those) == row["answer"]
+           for text, those, row in zip(texts, choices, rows)]
     kinds = [row["data_type"] for row in rows]
     expect("image" in kinds, path, "SEED-Bench with its image questions")
     parts = by(kinds, right)
@@ -410,12 +386,14 @@ def mmmu(path: Path, answers: list[Answer]):
     Rows: "id" (validation_Accounting_1), "question_type", "options" (a list, or a string that holds one), "answer".
     A choice is read from the text by `mmmu_choice`; where it finds none, one is drawn at random (seed 42), so some
     points are luck: `without_luck` counts such answers as wrong. The draws depend on the order, which is that of the
-    subjects' names, and within one that of the annotations. An open answer is right if one of `mmmu_open`'s readings is.
+    subjects' names, and within one that of the annotations. An open answer is right if a reading by `mmmu_open` is.
     answer_dict_val.json has no options, so nothing can be read or drawn: a choice has to be the bare letter.
     (lmms-eval's number isn't here: its draws depend on the run, and its open questions are all wrong of late.)
     """
     rows = mmmu_rows(path)
-    joined = join(answers, rows, None)
+    subjects = {subject for those in MMMU_DOMAINS.values() for subject in those}
+    expect(all(mmmu_subject(id) in subjects for id in rows), path, "MMMU: an id without one of its subjects")
+    joined = join(answers, rows, strangers=False)
     absent(rows, joined, "left out")
     luck = random.Random(42)
     right, sure = defaultdict(list), defaultdict(list)
@@ -444,49 +422,6 @@ def mmmu_subject(id: str) -> str:
     return "_".join(id.split("_")[1:-1])
 
 
-def mmmu_rows(path: Path) -> dict[str, tuple]:
-    """{id: (question type, answer or list of answers, list of options or None)}."""
-    what = "MMMU's rows (.jsonl, .parquet) or answer_dict_val.json"
-    if path.suffix == ".json":
-        keys = read_json(path, dict, what)
-        expect(all(isinstance(row, dict) and {"question_type", "ground_truth"} <= row.keys() for row in keys.values()),
-               path, what)
-        rows = {id: (row["question_type"], row["ground_truth"], None) for id, row in keys.items()}
-    else:
-        listed = [row for _, row in read_lines(path, what)] if path.suffix == ".jsonl" else read_parquet(path, what)
-        expect(all({"id", "question_type", "options", "answer"} <= row.keys() for row in listed), path, what)
-        rows = {row["id"]: (row["question_type"], *map(listed_in, (row["answer"], row["options"]))) for row in listed}
-        expect(len(rows) == len(listed), path, "a table where every id stands once")
-    subjects = {subject for those in MMMU_DOMAINS.values() for subject in those}
-    expect(all(mmmu_subject(id) in subjects for id in rows), path, what)
-    expect(any(gold != "?" for _, gold, _ in rows.values()), path, "a split with answers: the test split's are hidden")
-    return rows
-
-
-def listed_in(value):
-    """A list that was written down as a string, as a list; anything else as it is."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
-    return value
-
-
-def read_parquet(path: Path, what: str) -> list[dict]:
-    files = sorted(path.rglob("validation*.parquet")) if path.is_dir() else [path]
-    expect(files and all(file.is_file() and file.suffix == ".parquet" for file in files), path, what)
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: .parquet needs pyarrow (pip install pyarrow), or save the rows as .jsonl") from None
-    try:
-        columns = ["id", "question_type", "options", "answer"]
-        return [row for file in files for row in pyarrow.parquet.read_table(file, columns=columns).to_pylist()]
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not {what} ({str(e).splitlines()[0]})") from None
-
-
 def mmmu_choice(text: str, options: list[str]) -> str | None:
     """The letter in brackets, else alone between spaces, else (of six words or more) the option that is quoted.
 
@@ -511,9 +446,9 @@ def mmmu_open(text: str) -> set[str | float]:
     text = text.strip().strip(".").lower()
     signs = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
     kept, lines = [], text.split("\n")
-    for line in lines:
+    for i, line in enumerate(lines):
         shortest = ""
-        for sign in signs + ["="] * (line is lines[-1]):
+        for sign in signs + ["="] * (i == len(lines) - 1):
             if sign in line:
                 tail = line.split(sign)[-1].strip()
                 if not shortest or len(tail) < len(shortest):
@@ -580,7 +515,7 @@ def mme(path: Path, answers: list[Answer]):
             question = next((q for q in spaced if (task, picture, q) in truth), spaced[0])
         return task, picture, question
 
-    joined = join(answers, truth, None, which)
+    joined = join(answers, truth, which, strangers=False)
     absent(truth, joined, "left out, with their pictures")
     pictures = defaultdict(list)
     for task, picture, question in truth:
@@ -606,22 +541,6 @@ def mme(path: Path, answers: list[Answer]):
         n=len(joined), lmms_eval=total("lmms_eval"), vlmevalkit=total("vlmevalkit"))
 
 
-def mme_task(path: Path, task: str) -> dict[tuple[str, str], str]:
-    """{(picture, question): "yes" or "no"}."""
-    folder = path / task / "questions_answers_YN"
-    folder = folder if folder.is_dir() else path / task
-    files, truth = sorted(folder.glob("*.txt")), {}
-    if not files:
-        raise UserError(f"{folder}: no questions here; --annotations should lead to MME_Benchmark_release_version")
-    for file in files:
-        lines = file.read_text(encoding="utf-8").strip().split("\n")
-        cells = [line.strip().split("\t") for line in lines]
-        expect(len(lines) == 2 and all(len(c) == 2 and c[1].lower() in ("yes", "no") for c in cells), file,
-               "two lines of MME (question, tab, Yes or No)")
-        truth |= {(file.stem.split(".")[0], question): gold.lower() for question, gold in cells}
-    return truth
-
-
 def mme_read(text: str) -> str | None:
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else None
@@ -639,25 +558,24 @@ def pope(path: Path, answers: list[Answer]):
     """The folder coco: coco_pope_adversarial.json, _random, _popular, of lines {"question_id", "text", "label"}.
 
     An id is the line's question_id (1, 2, ...), in random + 10,000,000, in popular + 20,000,000. The text up to its
-    first period, without commas, is a no if one of its words is "No", "no" or "not"; everything else is a yes, even "NO",
-    "isn't" and nothing at all. The published number is the mean of three F1. In October 2023 the official files were
-    changed (random has 3,000 questions since, 2,910 before): answers to one set can't be scored by the other. lmms-eval
-    and VLMEvalKit pool all three, and a text without a yes is no yes.
+    first period, without commas, is a no if one of its words is "No", "no" or "not"; everything else is a yes, even
+    "NO", "isn't" and nothing at all. The published number is the mean of three F1. In October 2023 the official files
+    were changed (random has 3,000 questions since, 2,910 before): answers to one set can't be scored by the other.
+    lmms-eval and VLMEvalKit pool all three, and a text without a yes is no yes.
     """
     given, pairs = {answer.id for answer in answers}, {}
     for category, first in POPE_FIRST_ID.items():
         file = path / f"coco_pope_{category}.json"
         rows = [row for _, row in read_lines(file, "a file of POPE")]
-        expect(all(row.get("label") in ("yes", "no") and isinstance(row.get("question_id"), int) for row in rows), file,
-               "a file of POPE with labels")
+        expect_rows(rows, file, "a file of POPE", question_id=int, text=str, label=str)
         ids, from_zero = [str(first + row["question_id"]) for row in rows], [str(first + i) for i in range(len(rows))]
         if not given.issuperset(ids) and given.issuperset(from_zero):
             ids = from_zero                              # all of them, counted from 0: the same order
         pairs |= {id: (category, row) for id, row in zip(ids, rows)}
-    joined = join(answers, pairs, None)
+    joined = join(answers, pairs, strangers=False)
     absent(pairs, joined, "left out")
     for id, answer in joined.items():
-        if answer.prompt is not None and pairs[id][1].get("text", "") not in answer.prompt:
+        if answer.prompt is not None and pairs[id][1]["text"] not in answer.prompt:
             raise UserError(f"{answer.at}: {id} is another question in {path}; use the version of POPE that was asked")
     if sum(category == "random" for category, _ in pairs.values()) == 3000:
         warn(f"{path} is POPE as of October 2023; LLaVA-1.5's numbers are of the older files (random: 2,910 questions)")
@@ -697,8 +615,8 @@ def pope_metrics(pairs: list[tuple], misses=None) -> dict[str, float]:
 def mmvet_questions(path: Path) -> dict:
     what = "MM-Vet's questions (mm-vet.json)"
     questions = read_json(path, dict, what)
-    expect(all(id.startswith("v1_") and isinstance(q, dict) and "capability" in q for id, q in questions.items()), path,
-           what)
+    expect(all(id.startswith("v1_") for id in questions), path, what)
+    expect_rows(questions.values(), path, what, capability=list)
     return questions
 
 
@@ -711,10 +629,10 @@ def mmvet(path: Path, grades: Path):
     """
     questions, what = mmvet_questions(path), "grades of MM-Vet's official grader"
     given = read_json(grades, dict, what)
-    for id in given.keys() - questions.keys():
-        raise UserError(f"{grades}: {id} is not a question of {path}")
+    if unknown := sorted(given.keys() - questions.keys()):
+        raise UserError(f"{grades}: {unknown[0]} is not a question of {path}")
     absent(questions, given, None)
-    expect(all(isinstance(g, dict) and isinstance(g.get("score"), list) for g in given.values()), grades, what)
+    expect_rows(given.values(), grades, what, score=list)
     lengths = {len(grade["score"]) for grade in given.values()}
     expect(len(lengths) == 1 and min(lengths) > 0, grades, f"{what}: each question needs as many runs")
     expect(all(isinstance(s, (int, float)) and 0 <= s <= 1 for g in given.values() for s in g["score"]), grades, what)

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from answers import Answer, absent, join, read_answers, write
+from answers import Answer, absent, join, mmbench_rows, read_answers, write
 from errors import UserError
-from scores import SCORERS, evalai, mmbench_rows, mmvet_questions, score, vizwiz_joined, vizwiz_rows
+from scores import SCORERS, mmvet_questions, score, vizwiz_upload
 
 
 def submit_mmvet(path: Path, answers: list[Answer], to: Path) -> str:
@@ -20,8 +20,7 @@ def submit_mmvet(path: Path, answers: list[Answer], to: Path) -> str:
 
 def submit_vizwiz(path: Path, answers: list[Answer], to: Path) -> str:
     """[{"image", "answer"}]: normalised answers, in the annotations' order."""
-    texts = [evalai(answer.text) for answer in vizwiz_joined(path, answers)]
-    write(to, json.dumps([{"image": row["image"], "answer": text} for row, text in zip(vizwiz_rows(path), texts)]))
+    write(to, json.dumps([dict(image=row["image"], answer=text) for row, text in vizwiz_upload(path, answers)]))
     return "upload it to eval.ai, challenge 2185 (VizWiz VQA)"
 
 
@@ -31,6 +30,7 @@ def submit_mmbench(path: Path, answers: list[Answer], to: Path) -> str:
     joined = join(answers, [row["index"] for row in rows])
     try:
         from openpyxl import Workbook
+        from openpyxl.utils.exceptions import IllegalCharacterError
     except ImportError:
         raise UserError("MMBench's upload is an .xlsx file, which needs openpyxl (pip install openpyxl)") from None
     columns = [c for c in rows[0] if c not in ("hint", "category", "source", "comment", "l2-category")]
@@ -42,8 +42,8 @@ def submit_mmbench(path: Path, answers: list[Answer], to: Path) -> str:
         filled = row | {"index": int(row["index"]), "prediction": answer.text if answer else None}
         try:
             book.active.append([filled[column] for column in columns])
-        except Exception as e:                    # openpyxl's IllegalCharacterError is a plain Exception
-            raise UserError(f"{to}: .xlsx can't hold the row of question {row['index']} ({e})") from None
+        except IllegalCharacterError:
+            raise UserError(f"{to}: .xlsx can't hold a control character of question {row['index']}") from None
     write(to, book)
     return "upload it to MMBench's server (mmbench.opencompass.org.cn), which has a language model read unclear answers"
 
