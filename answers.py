@@ -47,6 +47,10 @@ def expect_rows(rows, path: Path, what: str, **fields) -> None:
                    f"in {str(row)[:60]}")
 
 
+def are_texts(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def read_json(path: Path, kind: type, what: str):
     """A file's JSON value, which has to be of this kind and not empty."""
     try:
