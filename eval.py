@@ -2,6 +2,7 @@
 
     python eval.py --task toy                    4,000 held-out questions about the embedded world, by kind
     python eval.py --task toy --grey             and the same about grey pictures: what can be guessed without looking
+    python eval.py --score pope --annotations coco --predictions answers.jsonl     a benchmark's score, without a model
 
 Answers are greedy, and right if they are the same text. Beside each kind's accuracy stands its majority rate: that of
 always giving the commonest answer. A follow-up's first question is answered by the model as well.
@@ -10,6 +11,12 @@ import argparse
 import json
 import sys
 from collections import Counter
+
+import errors
+import submit
+
+if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
+    sys.exit(errors.run(submit.main))          # here, since a score needs nothing of what follows, which takes seconds
 
 import torch
 from PIL import Image
@@ -20,6 +27,7 @@ from ccra import VLM
 from clip import preprocess
 from data import collate, prompt, query_of
 from llama import Tokenizer
+from scores import SCORERS
 from weights import pick_device, pick_dtype, run, stored_bytes
 
 
@@ -95,7 +103,9 @@ def show(result, grey=None):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--task", required=True, choices=["toy"])
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=["toy"])
+    what.add_argument("--score", choices=SCORERS, metavar="TASK", help="score answers: " + ", ".join(SCORERS))
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded one)")
     p.add_argument("--seed", type=int, default=0, help="which held-out questions")
     p.add_argument("--n", type=int, default=4000, help="how many")
@@ -106,7 +116,10 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.add_argument("--wrong", type=int, default=0, metavar="K", help="also print the first K wrong answers")
+    submit.options(p)
     args = p.parse_args(argv)
+    if args.score:
+        return submit.command(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, stored_bytes(args.model))
     model = VLM.from_pretrained(args.model, dtype=dtype, device=device, vision=args.vision).eval()

@@ -9,7 +9,7 @@ it. A model with one layer left at random looks almost right, and that costs day
 Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
 and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
 
-Also here, because every file needs them: the error for users, the entry point that prints it, the choice of a device.
+Also here, because every file needs it: the choice of a device.
 """
 import ctypes
 import json
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+import errors
+
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
 PICKLE = "pytorch_model.bin"               # the same before safetensors, by torch.save
@@ -35,20 +37,7 @@ STORES = ((SINGLE, INDEX), (PICKLE, "pytorch_model.bin.index.json"))
 
 BIG = 1e9              # bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
 
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line that names the thing and says what to do."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a program's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C becomes 130."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+UserError, run = errors.UserError, errors.run      # from the file on the left: scoring needs them without torch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

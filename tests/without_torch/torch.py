@@ -1,0 +1,1 @@
+raise ImportError("scoring should not need torch")
