@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import weights
 from clip import CLIPVision, CLIPVisionConfig, attention
+from linear import Linear
 from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
 from weights import UserError
 
@@ -331,7 +332,7 @@ class VLM(nn.Module):
         if query not in QUERIES or type(pad) is not bool:
             raise UserError(f"query = {query!r} should be one of {', '.join(QUERIES)}, and pad = {pad!r} true or false")
         fuser = CCRA(config)           # the projector is LLaVA's, but reads 2d channels where LLaVA's reads d
-        return cls(vision, llm, fuser, nn.Sequential(nn.Linear(fuser.width, D), nn.GELU(), nn.Linear(D, D)), pad, query)
+        return cls(vision, llm, fuser, nn.Sequential(Linear(fuser.width, D), nn.GELU(), Linear(D, D)), pad, query)
 
     def look(self, pixels, query, query_mask, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1, steps 1 and 2, then the projector: the picture, seen by somebody who asks this question.

@@ -25,6 +25,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from clip import attention
+from linear import Columns, Int8, Linear, replace
 from weights import Tensors, UserError, load, read_config, read_json, save, skeleton
 
 
@@ -177,17 +178,26 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.n_heads, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.v_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = None                                                         # all three in one: `Llama.pack`
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q (B, T, H hd), k and v (B, T, n_kv hd)"""
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        kv = self.n_kv * self.head_dim
+        return self.qkv_proj(x).split((self.n_heads * self.head_dim, kv, kv), dim=-1)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)   # (B, H, T, hd)
-        k = self.k_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
-        v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
+        q, k, v = self.qkv(x)
+        q = q.view(B, T, self.n_heads, self.head_dim).transpose(1, 2)                # (B, H, T, hd)
+        k = k.view(B, T, self.n_kv, self.head_dim).transpose(1, 2)                   # (B, n_kv, T, hd)
+        v = v.view(B, T, self.n_kv, self.head_dim).transpose(1, 2)                   # (B, n_kv, T, hd)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                         # (B, n_kv, Tk, hd)
@@ -205,12 +215,17 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = None                                                     # both in one: `Llama.pack`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))           # (B, T, D)
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)                            # (B, T, inner) both
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)                                     # (B, T, D)
 
 
 class Block(nn.Module):
@@ -235,11 +250,11 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.packed = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights()
@@ -333,8 +348,28 @@ class Llama(nn.Module):
 
         return load(model, tensors, rename, tuple(unneeded), dtype, device)
 
+    def pack(self, int8: bool = False) -> "Llama":
+        """Replace all matrix products, in place and layer by layer, with those of linear.py that decode faster.
+
+        For inference on a CPU, and for good: a packed model can't be trained, moved or saved. int8: weights of 8 bits,
+        one scale per output, for half the memory; the embeddings and norms stay as they are. Otherwise half-precision
+        weights are laid out anew, exactly, if this machine gains from it. Returns the model.
+        """
+        if self.packed:
+            raise UserError("this language model is packed already")
+        kind, self.packed = Int8 if int8 else Columns, True
+        for block in self.layers:
+            attn, mlp = block.self_attn, block.mlp
+            for module, names, name in ((attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj"), (attn, ("o_proj",), "o_proj"),
+                                        (mlp, ("gate_proj", "up_proj"), "gate_up_proj"), (mlp, ("down_proj",), "down_proj")):
+                replace(module, names, name, kind)
+        replace(self, ("lm_head",), "lm_head", kind, shared=self.config.tie_word_embeddings)
+        return self
+
     def save_pretrained(self, dir: str | Path) -> None:
         """Write the public layout, which transformers' LlamaForCausalLM reads; a tied head is not written twice."""
+        if self.packed:
+            raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
         tensors = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in self.named_parameters()}
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         save(dir, tensors, {**self.config.to_dict(), "torch_dtype": dtype})
