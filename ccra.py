@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import weights
 from clip import CLIPVision, CLIPVisionConfig, attention
 from linear import Linear
-from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
+from llama import IGNORE, IMAGE_TOKEN, Llama, LlamaConfig
 from weights import UserError
 
 EPS = 1e-5             # of the norms
@@ -424,40 +424,18 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, pixels, ids, query, query_mask, mask=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
                  eos_ids=(), generator=None, mode="on"):
-        """Yields the next ids, (B,) long, one position of the answers after the other.
+        """Yields the next ids, (B,) long, one position of the answers after the other: see Llama.generate.
 
-        It ends once every row has met one of eos_ids (that step isn't yielded: a prompt alone never shows its EOS),
-        after max_new_tokens, or with the context. A row that is done repeats its EOS while others go on. temperature 0
-        is greedy. Picture and prompt are read once; a prompt that fills the context is a UserError, at the first step.
+        Arguments as in `forward`, and there; ids may be padded on either side. Picture and prompt are read once.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
         visual = None if pixels is None else self.look(pixels, query, query_mask, mode)[0]   # (B, N', D)
         embeds, mask, _ = self.merge(visual, ids, mask, left=True)                       # (B, T', D), (B, T')
-        (B, prompt), context = mask.shape, self.llm.config.max_position_embeddings
-        if prompt >= context:
-            raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")
-        steps = min(max_new_tokens, context - prompt)
-        # Without padding no mask, for the faster attention; otherwise all that is to come is real.
-        mask = None if mask.all() else torch.cat([mask, mask.new_ones(B, steps)], dim=1)     # (B, T' + steps)
-        device = embeds.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-        cache = KVCache(self.llm.config, B, prompt + steps, dtype, embeds.device)
-        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=ids.device)
-        done, token = torch.zeros(B, dtype=torch.bool, device=ids.device), None
-        for _ in range(steps):
-            shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
-            hidden = self.llm.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1]      # (B, D), the last position
-            choice = pick(self.llm.lm_head(hidden), temperature, top_p, generator)       # (B,)
-            token = choice if token is None else torch.where(done, token, choice)
-            done = done | torch.isin(token, eos)
-            if done.all():
-                return
-            yield token
-            embeds = self.llm.embed(token[:, None])                                      # (B, 1, D)
+        yield from self.llm.generate(embeds, mask, max_new_tokens, temperature, top_p, eos_ids, generator)
 
     def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None) -> None:
         """Write config.json, the weights and a copy of tokenizer_file: a folder that sample.py and train.py take."""
+        if self.llm.packed:
+            raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
         config = {"model_type": "nanoccra", "vision": asdict(self.vision.config), "llm": self.llm.config.to_dict(),
                   "fuser": {"name": self.fuser.name, **asdict(self.fuser.config)},
                   "image": self.image, "query": self.query}
@@ -489,13 +467,3 @@ class VLM(nn.Module):
             raise UserError(f"{dir}: config.json says image {config['image']}, its vision tower takes {model.image}")
         own = {name: name for name, _ in model.named_parameters()}
         return weights.load(model, weights.Tensors(dir), own.get, (), dtype, device)
-
-
-def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """(B, V) -> (B,): the likeliest id (temperature 0), or a draw among the likeliest that reach top_p together."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)    # (B, V) both
-    before = share.cumsum(-1) - share                            # out: an id before which top_p is reached already
-    drawn = torch.multinomial(share.masked_fill(before >= top_p, 0), 1, generator=generator)     # (B, 1)
-    return ids.gather(1, drawn)[:, 0]

@@ -105,7 +105,7 @@ class Columns(nn.Module):
         """(..., D) -> (..., O)"""
         n, D, _ = self.table.shape
         if x.numel() == D:
-            weights = x.reshape(D).to(self.table.dtype).repeat(n)                    # (n D), of every line
+            weights = x.reshape(1, D).to(self.table.dtype).expand(n, D).reshape(-1)  # (n D), of every line
             lines, bags = _bags(n, D)
             y = torch.embedding_bag(self.table.view(n * D, WIDTH), lines, bags, mode=0, per_sample_weights=weights)[0]
             return y.to(x.dtype).view(*x.shape[:-1], self.width)                     # (n, 64), which are the O

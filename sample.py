@@ -30,6 +30,9 @@ def arguments(argv=None):
     p.add_argument("--chat", action="store_true", help="several questions at a prompt (--q is the first)")
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--quant", choices=["int8"], help="keep the language model in 8 bits: half the memory (CPU)")
+    p.add_argument("--pack", action="store_true", help="lay half-precision weights out anew: starts later, then answers "
+                                                       "faster (CPU; for long answers and chats)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")
     p.add_argument("--max-new-tokens", type=int, default=128)
@@ -37,6 +40,8 @@ def arguments(argv=None):
     args = p.parse_args(argv)
     if args.q is None and not args.chat:
         raise UserError("nothing was asked: give --q \"...\" or --chat")
+    if args.quant and args.pack:
+        raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
     return args
@@ -49,6 +54,8 @@ class Asker:
         self.args, device = args, pick_device(args.device)
         dtype = torch.float32 if device.type == "cpu" else None        # half precision is slow or absent on most CPUs
         self.model = VLM.from_pretrained(args.model, dtype=dtype, device=device).eval()
+        if args.quant or args.pack:
+            self.model.llm.pack(int8=args.quant == "int8")
         self.tokenizer, self.device = Tokenizer.from_pretrained(args.model), device
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.toy = read_config(args.model).get("world") == "toy"
