@@ -77,7 +77,8 @@ def the_prompt(args, config) -> list[int]:
     from llama import Tokenizer
     llm = config.get("llm") or config.get("text_config") or config
     picture = config["model_type"] != "llama"
-    n = (51 if picture else 64) if args.prompt is None else args.prompt - picture * patches(config)
+    rest = patches(config) if picture else 0                                         # positions of the prompt
+    n = (51 if picture else 64) if args.prompt is None else args.prompt - rest
     if n < 4:
         raise UserError(f"--prompt {args.prompt} leaves no room for a text")
     try:
@@ -161,8 +162,8 @@ def peer(args, config):
             pass
 
     clock, ids = Clock(), torch.tensor([ids])
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, do_sample=False, eos_token_id=None,
-                   pad_token_id=0, max_new_tokens=args.tokens, min_new_tokens=args.tokens, **more)
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, do_sample=False, pad_token_id=0,
+                   eos_token_id=None, max_new_tokens=args.tokens, min_new_tokens=args.tokens, **more)
     yield from zip((step[0] for step in clock.ids[1:]), clock.times[1:])             # the first is the prompt
 
 
@@ -238,9 +239,9 @@ def measure(args, argv) -> dict:
     sides, runs = ["machine", "ours"] + ["peer"] * args.peer, {}
     for round in range(args.rounds):
         for which in sides:
-            print(f"\rround {round + 1} of {args.rounds}: {which}   ", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\rround {round + 1} of {args.rounds}: {which:8}\r", end="", file=sys.stderr, flush=True)
             runs.setdefault(which, []).append(child(which, argv))
-    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     result = dict(model=args.model, dtype=args.dtype, quant=args.quant, pack=args.pack, threads=args.threads, runs=runs)
     for which, found in runs.items():
         result[which] = {key: statistics.median(run[key] for run in found) for key in found[0] if key != "ids"}
@@ -263,15 +264,16 @@ def table(r) -> None:
             print(f"{name:14}{m['load']:7.2f} s{m['first']:11.2f} s{m['rate']:10.2f}{m['peak'] / 1e9:12.2f} GB"
                   f"{m['anonymous'] / 1e9:14.2f} GB")
     if m := r.get("ratio"):
-        print(f"{'ratio':14}{m['load']:8.2f}x{m['first']:12.2f}x{m['rate']:9.2f}x{m['peak']:14.2f}x{m['anonymous']:16.2f}x")
+        print(f"{'ratio':14}{m['load']:8.2f}x{m['first']:12.2f}x{m['rate']:9.2f}x{m['peak']:14.2f}x"
+              f"{m['anonymous']:16.2f}x")
         same, n = r["same_tokens"], len(r["runs"]["ours"][0]["ids"])
         # In bfloat16 two logits are often the very same number, and rounding elsewhere decides which comes first.
         print("same tokens: " + ("yes" if same == n else f"the first {same} of {n}"))
     us, m = r["ours"], r["machine"]
     print(f"machine: reads {m['bandwidth'] / 1e9:.1f} GB/s, multiplies {m['float32'] / 1e9:.0f} GFlop/s in float32, "
           f"{m['bfloat16'] / 1e9:.0f} in bfloat16")
-    print(f"decoding reads {us['bytes'] / 1e9:.2f} GB a token: {us['bandwidth_share']:.0%} of that bandwidth; the prompt "
-          f"takes {us['flops'] / 1e12:.2f} TFlop: {us['matrix_share']:.0%} of that rate")
+    print(f"decoding reads {us['bytes'] / 1e9:.2f} GB a token: {us['bandwidth_share']:.0%} of that bandwidth; the "
+          f"prompt takes {us['flops'] / 1e12:.2f} TFlop: {us['matrix_share']:.0%} of that rate")
 
 
 def cost(args) -> None:

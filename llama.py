@@ -396,9 +396,10 @@ class Llama(nn.Module):
         kind, self.packed = Int8 if int8 else Columns, True
         for block in self.layers:
             attn, mlp = block.self_attn, block.mlp
-            for module, names, name in ((attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj"), (attn, ("o_proj",), "o_proj"),
-                                        (mlp, ("gate_proj", "up_proj"), "gate_up_proj"), (mlp, ("down_proj",), "down_proj")):
-                replace(module, names, name, kind)
+            replace(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", kind)
+            replace(attn, ("o_proj",), "o_proj", kind)
+            replace(mlp, ("gate_proj", "up_proj"), "gate_up_proj", kind)
+            replace(mlp, ("down_proj",), "down_proj", kind)
         replace(self, ("lm_head",), "lm_head", kind, shared=self.config.tie_word_embeddings)
         return self
 

@@ -31,8 +31,8 @@ def arguments(argv=None):
     p.add_argument("--model", default=toy.MODEL, help="a model folder (default: the embedded model)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--quant", choices=["int8"], help="keep the language model in 8 bits: half the memory (CPU)")
-    p.add_argument("--pack", action="store_true", help="lay half-precision weights out anew: starts later, then answers "
-                                                       "faster (CPU; for long answers and chats)")
+    p.add_argument("--pack", action="store_true", help="lay half-precision weights out for decoding: a later start, "
+                                                       "faster answers (CPU)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")
     p.add_argument("--max-new-tokens", type=int, default=128)
