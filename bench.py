@@ -32,6 +32,10 @@ TEXT = ("A bicycle has two wheels, one behind the other, and is driven by pedals
         "nineteenth century, and soon people in many countries rode to work on one. Describe what came after that. ")
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="a model folder: a Llama, or a vision-language model (config.json tells)")
@@ -43,7 +47,7 @@ def arguments(argv=None):
     p.add_argument("--prompt", type=int, help="positions of the prompt, the picture's among them (default: text 64, "
                                               "or the picture and 51)")
     p.add_argument("--rounds", type=int, default=3, help="how often each side runs (default 3)")
-    p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: as many as there are cores")
+    p.add_argument("--threads", type=int, default=cores(), help="default: one for each core this process may use")
     p.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
     p.add_argument("--cost", action="store_true", help="what int8 costs (--model: default the embedded one)")
     p.add_argument("--n", type=int, default=500, help="questions for --cost")

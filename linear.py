@@ -6,9 +6,9 @@ hardware (see `weights.autocast_dtype`) torch 2.13 does neither well in half pre
 
     many rows   a half-precision product is several times slower than a float32 one. `blocks` turns some rows of W at
                 a time into float32, in one buffer that stays in the cache, and multiplies there: as exact or exacter
-    one row     turning the numbers into float32, not reading them, is what takes the time: half of a core's bandwidth.
-                `Columns` lays W out anew, for a kernel that FBGEMM compiles for this very CPU
-    int8        `Int8` keeps a byte a number: a quarter less than half of the work of one row is reading
+    one row     turning the numbers into float32, not reading them, is what takes the time: a core reads half of what
+                it could. `Columns` lays W out anew, for a kernel that FBGEMM compiles for this very CPU
+    int8        `Int8` keeps a byte a number: half the memory, and half as much to read for every token
 
 `Linear` is what models are built of: nn.Linear in every respect, but for many rows at inference. The other two replace
 layers of a loaded model in place (`Llama.pack`), for good: such a model can't be trained or saved.
@@ -27,7 +27,7 @@ HALF = (torch.bfloat16, torch.float16)
 SLOW_HALF = autocast_dtype(torch.device("cpu")) == torch.float32
 BLOCK = 2 ** 21         # numbers of W turned into float32 at a time: 8 MB
 WIDTH = 64              # outputs that one pass of FBGEMM's kernel keeps in registers; 128 take half as long again
-FEW = 4                 # rows up to which the int8 kernel beats `blocks`
+FEW, FEW_INT8 = 3, 16   # rows up to which PyTorch's kernels, which take the rows one by one, beat `blocks`
 
 _scratch = torch.empty(0)
 
@@ -62,7 +62,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if SLOW_HALF and weight.dtype in HALF and x.numel() > x.shape[-1] and x.device.type == "cpu":
+        if SLOW_HALF and weight.dtype in HALF and x.numel() > FEW * x.shape[-1] and x.device.type == "cpu":
             if x.dtype == weight.dtype and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
                 y = blocks(x, weight)
                 return y if self.bias is None else y + self.bias
@@ -89,6 +89,7 @@ class Columns(nn.Module):
         super().__init__()
         D, self.width = weights[0].shape[1], sum(map(len, weights))
         self.register_buffer("table", weights[0].new_empty(self.width // WIDTH, D, WIDTH))
+        self.flat, self.bags = self.table.view(-1, WIDTH), _bags(*self.table.shape[:2])
         at = 0
         for weight in weights:
             n = len(weight) // WIDTH
@@ -105,10 +106,9 @@ class Columns(nn.Module):
         """(..., D) -> (..., O)"""
         n, D, _ = self.table.shape
         if x.numel() == D:
-            weights = x.reshape(1, D).to(self.table.dtype).expand(n, D).reshape(-1)  # (n D), of every line
-            lines, bags = _bags(n, D)
-            y = torch.embedding_bag(self.table.view(n * D, WIDTH), lines, bags, mode=0, per_sample_weights=weights)[0]
-            return y.to(x.dtype).view(*x.shape[:-1], self.width)                     # (n, 64), which are the O
+            weights = x.reshape(1, D).expand(n, D).reshape(-1)                       # (n D), of every line
+            y = torch.embedding_bag(self.flat, *self.bags, mode=0, per_sample_weights=weights)[0]
+            return y.view(*x.shape[:-1], self.width)                                 # (n, 64), which are the O
         rows = x.reshape(-1, D).float()                                              # (R, D)
         y = x.new_empty(len(rows), self.width)                                       # (R, O)
         step = max(1, BLOCK // (D * WIDTH))
@@ -122,7 +122,7 @@ class Int8(nn.Module):
     """A weight (O, D) as int8 times one scale per output: w = q * scale, |q| <= 127, at most half a scale off.
 
     The scale is kept, and divided by, in bfloat16, which the kernel wants, so its rounding costs no exactness. For up
-    to FEW rows that kernel reads the bytes and rounds x to bfloat16; more rows go by way of float32.
+    to FEW_INT8 rows that kernel reads the bytes and rounds x to bfloat16; more rows go by way of float32.
     """
 
     def __init__(self, weights: list[Tensor]):
@@ -135,8 +135,8 @@ class Int8(nn.Module):
             for part in weight.detach().split(step):
                 end = at + len(part)
                 w = scratch(*part.shape).copy_(part)                                 # (step, D) float32
-                low, high = torch.aminmax(w, dim=1)                                  # (step) both; .abs() would copy w
-                self.scale[at:end] = torch.maximum(-low, high).clamp(min=1e-30) / 127
+                peak = torch.maximum(w.amax(1), -w.amin(1))                          # (step); torch.aminmax takes 10 times
+                self.scale[at:end] = peak.clamp(min=1e-30) / 127
                 w.div_(self.scale[at:end, None].float()).round_().clamp_(-127, 127)
                 self.weight[at:end] = w
                 at = end
@@ -147,7 +147,7 @@ class Int8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)"""
-        if x.numel() > FEW * x.shape[-1]:
+        if x.numel() > FEW_INT8 * x.shape[-1]:
             return blocks(x, self.weight, self.scale)
         rows = x.reshape(-1, x.shape[-1]).bfloat16()                                 # (R, D)
         return torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)

@@ -108,6 +108,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # One row, when a token is decoded: fewer operations, which take longer to start than to compute.
+            row = x.view(-1).to(torch.promote_types(x.dtype, torch.float32))
+            return x * (torch.dot(row, row).item() / len(row) + self.eps) ** -0.5 * self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
@@ -185,21 +189,21 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
         self.qkv_proj = None                                                         # all three in one: `Llama.pack`
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q (B, T, H hd), k and v (B, T, n_kv hd)"""
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q (B, H, T, hd), k and v (B, n_kv, T, hd); q and k turned to their positions."""
+        B, T, _ = x.shape
         if self.qkv_proj is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        kv = self.n_kv * self.head_dim
-        return self.qkv_proj(x).split((self.n_heads * self.head_dim, kv, kv), dim=-1)
+            q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                       for proj in (self.q_proj, self.k_proj, self.v_proj))
+            return rotate(q, cos, sin), rotate(k, cos, sin), v
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)       # (B, H + 2 n_kv, T, hd)
+        turned = rotate(heads.narrow(1, 0, self.n_heads + self.n_kv), cos, sin)
+        return *turned.split((self.n_heads, self.n_kv), dim=1), heads.narrow(1, self.n_heads + self.n_kv, self.n_kv)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x)
-        q = q.view(B, T, self.n_heads, self.head_dim).transpose(1, 2)                # (B, H, T, hd)
-        k = k.view(B, T, self.n_kv, self.head_dim).transpose(1, 2)                   # (B, n_kv, T, hd)
-        v = v.view(B, T, self.n_kv, self.head_dim).transpose(1, 2)                   # (B, n_kv, T, hd)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                         # (B, n_kv, Tk, hd)
         group = self.n_heads // self.n_kv
