@@ -30,7 +30,8 @@ import weights
 from baselines import LLaVA, LLaVAConfig
 from clip import FIXED, CLIPVision, CLIPVisionConfig, attention
 from formats import Folder, llava_hf_name
-from llama import IGNORE, IMAGE_TOKEN, KVCache, Llama, LlamaConfig
+from linear import Linear
+from llama import IGNORE, IMAGE_TOKEN, Llama, LlamaConfig
 from weights import UserError
 
 EPS = 1e-5             # of the norms
@@ -343,7 +344,7 @@ class VLM(nn.Module):
         if query not in QUERIES or type(pad) is not bool:
             raise UserError(f"query = {query!r} should be one of {', '.join(QUERIES)}, and pad = {pad!r} true or false")
         fuser = fuser(config)          # the projector is LLaVA's, but with CCRA it reads 2d channels
-        return cls(vision, llm, fuser, nn.Sequential(nn.Linear(fuser.width, D), nn.GELU(), nn.Linear(D, D)), pad, query)
+        return cls(vision, llm, fuser, nn.Sequential(Linear(fuser.width, D), nn.GELU(), Linear(D, D)), pad, query)
 
     def look(self, pixels, query, query_mask, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1, steps 1 and 2, then the projector: the picture, seen by somebody who asks this question.
@@ -444,37 +445,13 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, pixels, ids, query, query_mask, mask=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
                  eos_ids=(), generator=None, mode="on"):
-        """Yields the next ids, (B,) long, one position of the answers after the other.
+        """Yields the next ids, (B,) long, one position of the answers after the other: see Llama.generate.
 
-        It ends once every row has met one of eos_ids (that step isn't yielded: a prompt alone never shows its EOS),
-        after max_new_tokens, or with the context. A row that is done repeats its EOS while others go on. temperature 0
-        is greedy. Picture and prompt are read once; a prompt that fills the context is a UserError, at the first step.
+        Arguments as in `forward`, and there; ids may be padded on either side. Picture and prompt are read once.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
         visual = None if pixels is None else self.look(pixels, query, query_mask, mode)[0]   # (B, N', D)
         embeds, mask, _ = self.merge(visual, ids, mask, left=True)                       # (B, T', D), (B, T')
-        (B, prompt), context = mask.shape, self.llm.config.max_position_embeddings
-        if prompt >= context:
-            raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")
-        steps = min(max_new_tokens, context - prompt)
-        # Without padding no mask, for the faster attention; otherwise all that is to come is real.
-        mask = None if mask.all() else torch.cat([mask, mask.new_ones(B, steps)], dim=1)     # (B, T' + steps)
-        device = embeds.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-        cache = KVCache(self.llm.config, B, prompt + steps, dtype, embeds.device)
-        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=ids.device)
-        done, token = torch.zeros(B, dtype=torch.bool, device=ids.device), None
-        for _ in range(steps):
-            shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
-            hidden = self.llm.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1]      # (B, D), the last position
-            choice = pick(self.llm.lm_head(hidden), temperature, top_p, generator)       # (B,)
-            token = choice if token is None else torch.where(done, token, choice)
-            done = done | torch.isin(token, eos)
-            if done.all():
-                return
-            yield token
-            embeds = self.llm.embed(token[:, None])                                      # (B, 1, D)
+        yield from self.llm.generate(embeds, mask, max_new_tokens, temperature, top_p, eos_ids, generator)
 
     def save_pretrained(self, dir: str | Path, tokenizer_file: str | Path | None = None, max_shard_bytes=5e9,
                         tensors=None) -> None:
@@ -482,6 +459,8 @@ class VLM(nn.Module):
 
         tensors: {name: tensor} to write instead of the parameters, when those are sliced over processes.
         """
+        if self.llm.packed:
+            raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
         config = {"model_type": "nanoccra", "vision": asdict(self.vision.config), "llm": self.llm.config.to_dict(),
                   "fuser": {"name": self.fuser.name, **asdict(self.fuser.config)},
                   "image": self.image, "query": self.query}
@@ -568,13 +547,3 @@ def copy_tokenizer(dir: str | Path, file: str | Path | None) -> None:
     target = Path(dir) / Path(file or "").name
     if file is not None and not (target.exists() and target.samefile(file)):
         weights.write_beside(target, lambda tmp: shutil.copyfile(file, tmp))
-
-
-def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """(B, V) -> (B,): the likeliest id (temperature 0), or a draw among the likeliest that reach top_p together."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)    # (B, V) both
-    before = share.cumsum(-1) - share                            # out: an id before which top_p is reached already
-    drawn = torch.multinomial(share.masked_fill(before >= top_p, 0), 1, generator=generator)     # (B, 1)
-    return ids.gather(1, drawn)[:, 0]

@@ -17,6 +17,7 @@ from PIL import Image
 
 import weights
 from formats import Folder, tower_name
+from linear import HALF, SLOW_HALF, Linear
 from weights import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,6 +37,8 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if SLOW_HALF and q.dtype in HALF and q.shape[-2] > 1 and q.device.type == "cpu" and not trains:
+        return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)     # as in linear.py: many rows
     write_out = AMX and q.device.type == "cpu" and trains
     return (_written_out if write_out else _fused)(q, k, v, mask, causal)
 
@@ -134,7 +137,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x, causal):                                                # (B, T, d)
         B, T, d = x.shape
@@ -146,7 +149,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width, inner):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.fc1, self.fc2 = Linear(width, inner), Linear(inner, width)
 
     def forward(self, x):
         x = self.fc1(x)

@@ -114,6 +114,7 @@ def main(argv=None):
     p.add_argument("--vision", help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as in sample.py")
     p.add_argument("--device", default="auto")
+    p.add_argument("--quant", choices=["int8"], help="keep the language model in 8 bits (CPU)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.add_argument("--wrong", type=int, default=0, metavar="K", help="also print the first K wrong answers")
     submit.options(p)
@@ -123,6 +124,8 @@ def main(argv=None):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, stored_bytes(args.model))
     model = VLM.from_pretrained(args.model, dtype=dtype, device=device, vision=args.vision).eval()
+    if args.quant:
+        model.llm.pack(int8=True)
     tokenizer = Tokenizer.from_pretrained(args.model)
     items = toy.exam(args.seed, args.n)
     texts = sit(model, tokenizer, items, args.batch, device)

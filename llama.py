@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from clip import attention
 from formats import Folder
+from linear import Columns, Int8, Linear, replace
 from weights import UserError, read_config, read_json, save, skeleton
 
 
@@ -108,8 +109,12 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # One row, when a token is decoded: fewer operations, which take longer to start than to compute.
+            row = x.view(-1).to(torch.promote_types(x.dtype, torch.float32))
+            return x * (torch.dot(row, row).item() / len(row) + self.eps) ** -0.5 * self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 def frequencies(config: LlamaConfig, device) -> Tensor:
@@ -130,23 +135,23 @@ def frequencies(config: LlamaConfig, device) -> Tensor:
 
 
 def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, hd/2) float32, of the angle position * frequency by which pair j is turned.
+    """(cos, cos) and (-sin, sin), both (B, 1, T, hd) float32: `rotate` by the angles position * frequency.
 
     Always float32, and never a buffer of a module: model.to(bfloat16) would cast it, and in bfloat16 the angles of
     position 4000 are wrong by whole turns.
     """
     angles = positions[:, None, :, None].float() * frequencies(config, positions.device)   # (B, 1, T, hd/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of x (B, H, T, hd). Pair j is (x[j], x[j + hd/2]), as in Hugging Face's weights.
 
+    (a, b) becomes (a cos - b sin, b cos + a sin): x times cos, plus x with its halves swapped times (-sin, sin).
     Meta's own files pair neighbours (x[2j], x[2j + 1]) instead; one read as the other runs, and talks gibberish.
     """
-    a, b = x.chunk(2, dim=-1)                                                        # (B, H, T, hd/2) each
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class KVCache:
@@ -158,8 +163,8 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)                   # (L, B, n_kv, length, hd)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device).unbind()          # L x (B, n_kv, length, hd)
+        self.values = torch.empty(shape, dtype=dtype, device=device).unbind()
         self.room, self.length = length, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,9 +172,10 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.room:
             raise UserError(f"the key/value cache has room for {self.room} positions, not for {end}; make it longer")
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, v.shape[2]).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
 class Attention(nn.Module):
@@ -178,18 +184,27 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.n_heads, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.v_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = None                                                         # all three in one: `Llama.pack`
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q (B, H, T, hd), k and v (B, n_kv, T, hd); q and k turned to their positions."""
+        B, T, _ = x.shape
+        if self.qkv_proj is None:
+            q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                       for proj in (self.q_proj, self.k_proj, self.v_proj))
+            return rotate(q, cos, sin), rotate(k, cos, sin), v
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)       # (B, H + 2 n_kv, T, hd)
+        turned = rotate(heads.narrow(1, 0, self.n_heads + self.n_kv), cos, sin)
+        return *turned.split((self.n_heads, self.n_kv), dim=1), heads.narrow(1, self.n_heads + self.n_kv, self.n_kv)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)   # (B, H, T, hd)
-        k = self.k_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
-        v = self.v_proj(x).view(B, T, self.n_kv, self.head_dim).transpose(1, 2)      # (B, n_kv, T, hd)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                         # (B, n_kv, Tk, hd)
         group = self.n_heads // self.n_kv
@@ -206,12 +221,17 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = None                                                     # both in one: `Llama.pack`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))           # (B, T, D)
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)                            # (B, T, inner) both
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)                                     # (B, T, D)
 
 
 class Block(nn.Module):
@@ -236,11 +256,11 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.packed = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights()
@@ -281,7 +301,7 @@ class Llama(nn.Module):
             positions = torch.arange(past, past + T, device=x.device)[None]          # (1, T)
         elif positions is None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]                 # (B, T)
-        cos, sin = rope(self.config, positions)                                      # (B, 1, T, hd/2)
+        cos, sin = (turn.to(x.dtype) for turn in rope(self.config, positions))       # (B, 1, T, hd), for all layers
         look, causal = self._looks(mask, past, T, x.device)
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, look, causal, cache, i)                           # (B, T, D)
@@ -305,6 +325,41 @@ class Llama(nn.Module):
         """Logits (B, T, V) of the next token at every new position. Arguments as in `hidden`."""
         return self.lm_head(self.hidden(tokens, embeds, mask, positions, cache))
 
+    @torch.inference_mode()
+    def generate(self, embeds: Tensor, mask: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
+                 top_p: float = 1.0, eos_ids: Iterable[int] = (), generator: torch.Generator | None = None):
+        """Yields the next ids, (B,) long, one position of the answers after the other.
+
+        embeds (B, T, D), the prompts, padded on the left; mask (B, T) bool: real positions. It ends once every row has
+        met one of eos_ids (that step isn't yielded: a prompt alone never shows its EOS), after max_new_tokens, or with
+        the context. A row that is done repeats its EOS while others go on. temperature 0 is greedy. The prompt is read
+        once; one that fills the context is a UserError, at the first step.
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
+        (B, prompt, _), context = embeds.shape, self.config.max_position_embeddings
+        if prompt >= context:
+            raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")
+        steps = min(max_new_tokens, context - prompt)
+        # Without padding no mask, for the faster attention; otherwise all that is to come is real.
+        full = mask is None or mask.all()
+        mask = None if full else torch.cat([mask, mask.new_ones(B, steps)], dim=1)   # (B, T + steps)
+        device = embeds.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+        cache = KVCache(self.config, B, prompt + steps, dtype, embeds.device)
+        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=embeds.device)
+        done, token = torch.zeros(B, dtype=torch.bool, device=embeds.device), None
+        for _ in range(steps):
+            shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
+            hidden = self.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1]      # (B, D), the last position
+            choice = pick(self.lm_head(hidden), temperature, top_p, generator)       # (B,)
+            token = choice if token is None else torch.where(done, token, choice)
+            done = done | torch.isin(token, eos)
+            if done.all():
+                return
+            yield token
+            embeds = self.embed(token[:, None])                                      # (B, 1, D)
+
     @classmethod
     def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu") -> "Llama":
         """Read the language model out of any folder that holds one: Hugging Face's, Meta's, a vision-language model's.
@@ -317,11 +372,42 @@ class Llama(nn.Module):
             model = cls(LlamaConfig.from_dict(folder.part("llm"), folder.where))
         return folder.fill(model, "llm", dtype, device)
 
+    def pack(self, int8: bool = False) -> "Llama":
+        """Replace all matrix products, in place and layer by layer, with those of linear.py that decode faster.
+
+        For inference on a CPU, and for good: a packed model can't be trained, moved or saved. int8: weights of 8 bits,
+        one scale per output, for half the memory; the embeddings and norms stay as they are. Otherwise half-precision
+        weights are laid out anew, exactly, if this machine gains from it. Returns the model.
+        """
+        if self.packed:
+            raise UserError("this language model is packed already")
+        kind, self.packed = Int8 if int8 else Columns, True
+        for block in self.layers:
+            attn, mlp = block.self_attn, block.mlp
+            replace(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", kind)
+            replace(attn, ("o_proj",), "o_proj", kind)
+            replace(mlp, ("gate_proj", "up_proj"), "gate_up_proj", kind)
+            replace(mlp, ("down_proj",), "down_proj", kind)
+        replace(self, ("lm_head",), "lm_head", kind, shared=self.config.tie_word_embeddings)
+        return self
+
     def save_pretrained(self, dir: str | Path) -> None:
         """Write the public layout, which transformers' LlamaForCausalLM reads; a tied head is not written twice."""
+        if self.packed:
+            raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
         tensors = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in self.named_parameters()}
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         save(dir, tensors, {**self.config.to_dict(), "torch_dtype": dtype})
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """(B, V) -> (B,): the likeliest id (temperature 0), or a draw among the likeliest that reach top_p together."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)    # (B, V) both
+    before = share.cumsum(-1) - share                            # out: an id before which top_p is reached already
+    drawn = torch.multinomial(share.masked_fill(before >= top_p, 0), 1, generator=generator)     # (B, 1)
+    return ids.gather(1, drawn)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

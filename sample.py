@@ -36,6 +36,9 @@ def arguments(argv=None):
     p.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as stored, but float32 for a "
                    "model of less than 1 GB on a CPU")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--quant", choices=["int8"], help="keep the language model in 8 bits: half the memory (CPU)")
+    p.add_argument("--pack", action="store_true", help="lay half-precision weights out for decoding: a later start, "
+                                                       "faster answers (CPU)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total probability")
     p.add_argument("--max-new-tokens", type=int, default=128)
@@ -43,6 +46,8 @@ def arguments(argv=None):
     args = p.parse_args(argv)
     if args.q is None and not args.chat:
         raise UserError("nothing was asked: give --q \"...\" or --chat")
+    if args.quant and args.pack:
+        raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
     return args
@@ -55,6 +60,8 @@ class Asker:
         self.args, device = args, pick_device(args.device)
         dtype = pick_dtype(args.dtype, device, stored_bytes(args.model))
         self.model = VLM.from_pretrained(args.model, dtype=dtype, device=device, vision=args.vision).eval()
+        if args.quant or args.pack:
+            self.model.llm.pack(int8=args.quant == "int8")
         self.tokenizer, self.device = Tokenizer.from_pretrained(args.model), device
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.toy = read_config(args.model).get("world") == "toy"

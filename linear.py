@@ -1,0 +1,190 @@
+"""Linear layers at inference on a CPU, where PyTorch's own kernels leave much of the machine unused.
+
+A model spends its time in y = x W^T. With one row of x (a new token) W is read once from memory and hardly used; with
+many rows (a prompt, a picture) every number of W is used again and again. On a CPU that can't multiply bfloat16 in
+hardware (see `weights.autocast_dtype`) torch 2.13 does neither well in half precision:
+
+    many rows   a half-precision product is several times slower than a float32 one. `blocks` turns some rows of W at
+                a time into float32, in one buffer that stays in the cache, and multiplies there: as exact or exacter
+    one row     turning the numbers into float32, not reading them, is what takes the time: a core reads half of what
+                it could. `Columns` lays W out anew, for a kernel that FBGEMM compiles for this very CPU
+    int8        `Int8` keeps a byte a number: half the memory, and half as much to read for every token
+
+`Linear` is what models are built of: nn.Linear in every respect, but for many rows at inference. The other two replace
+layers of a loaded model in place (`Llama.pack`), for good: such a model can't be trained or saved.
+"""
+import ctypes
+import sys
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weights import UserError, autocast_dtype
+
+HALF = (torch.bfloat16, torch.float16)
+SLOW_HALF = autocast_dtype(torch.device("cpu")) == torch.float32
+BLOCK = 2 ** 21         # numbers of W turned into float32 at a time: 8 MB
+WIDTH = 64              # outputs that one pass of FBGEMM's kernel keeps in registers; 128 take half as long again
+FEW, FEW_INT8 = 3, 16   # rows up to which PyTorch's kernels, which take the rows one by one, beat `blocks`
+
+_scratch = torch.empty(0)
+
+
+def scratch(*shape: int) -> Tensor:
+    """float32 memory to compute in, always the same: fresh memory costs more than the conversion into it."""
+    global _scratch
+    n = torch.Size(shape).numel()
+    if len(_scratch) < n:
+        with torch.inference_mode(False):
+            _scratch = torch.empty(n)
+    return _scratch[:n].view(shape)
+
+
+def blocks(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x (..., D) times weight (O, D), half precision or int8, by way of float32 -> (..., O), like x.
+
+    scale (O): what each row of the weight is to be multiplied with.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()                                        # (R, D)
+    y = x.new_empty(len(rows), len(weight))                                          # (R, O)
+    step = max(1, BLOCK // weight.shape[1])
+    for at in range(0, len(weight), step):
+        part = weight[at:at + step]
+        product = rows @ scratch(*part.shape).copy_(part).t()                        # (R, step)
+        y[:, at:at + step] = product if scale is None else product * scale[at:at + step].float()
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear; at inference on a CPU that is slow at half precision, a half-precision weight goes by `blocks`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if SLOW_HALF and weight.dtype in HALF and x.numel() > FEW * x.shape[-1] and x.device.type == "cpu":
+            if x.dtype == weight.dtype and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+                y = blocks(x, weight)
+                return y if self.bias is None else y + self.bias
+        return F.linear(x, weight, self.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that replace others. Each takes several weights of the same width, to be one layer: q, k and v, or gate and up.
+
+@lru_cache
+def _bags(n: int, D: int) -> tuple[Tensor, Tensor]:
+    """Which lines of a table go into which bag: all n * D, in order, D to a bag."""
+    return torch.arange(n * D, dtype=torch.int32), torch.arange(0, n * D, D, dtype=torch.int32)
+
+
+class Columns(nn.Module):
+    """A half-precision weight (O, D) as a table (O/64, D, 64): a column of 64 numbers lies together.
+
+    W x is the sum of W's columns, each weighted with a number of x. That is what an embedding bag does with lines of a
+    table, so here 64 outputs are a bag of D lines. Its kernel sums in float32, in registers, over memory read in order.
+    """
+
+    def __init__(self, weights: list[Tensor]):
+        super().__init__()
+        D, self.width = weights[0].shape[1], sum(map(len, weights))
+        self.register_buffer("table", weights[0].new_empty(self.width // WIDTH, D, WIDTH))
+        self.flat, self.bags = self.table.view(-1, WIDTH), _bags(*self.table.shape[:2])
+        at = 0
+        for weight in weights:
+            n = len(weight) // WIDTH
+            self.table[at:at + n] = weight.detach().view(n, WIDTH, D).transpose(1, 2)
+            at += n
+
+    @staticmethod
+    def fit(weights: list[Tensor]) -> bool:
+        """Whether these weights can be laid out so, and this machine gains from it. If not, they stay as they are."""
+        return (SLOW_HALF and "fbgemm" in torch.backends.quantized.supported_engines
+                and all(weight.dtype in HALF and len(weight) % WIDTH == 0 for weight in weights))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O)"""
+        n, D, _ = self.table.shape
+        if x.numel() == D:
+            weights = x.reshape(1, D).expand(n, D).reshape(-1)                       # (n D), of every line
+            y = torch.embedding_bag(self.flat, *self.bags, mode=0, per_sample_weights=weights)[0]
+            return y.view(*x.shape[:-1], self.width)                                 # (n, 64), which are the O
+        rows = x.reshape(-1, D).float()                                              # (R, D)
+        y = x.new_empty(len(rows), self.width)                                       # (R, O)
+        step = max(1, BLOCK // (D * WIDTH))
+        for at in range(0, n, step):
+            part = self.table[at:at + step].transpose(0, 1)                          # (D, step, 64)
+            y[:, at * WIDTH:(at + step) * WIDTH] = rows @ scratch(*part.shape).copy_(part).flatten(1)
+        return y.view(*x.shape[:-1], self.width)
+
+
+class Int8(nn.Module):
+    """A weight (O, D) as int8 times one scale per output: w = q * scale, |q| <= 127, at most half a scale off.
+
+    The scale is kept, and divided by, in bfloat16, which the kernel wants, so its rounding costs no exactness. For up
+    to FEW_INT8 rows that kernel reads the bytes and rounds x to bfloat16; more rows go by way of float32.
+    """
+
+    def __init__(self, weights: list[Tensor]):
+        super().__init__()
+        D, width = weights[0].shape[1], sum(map(len, weights))
+        self.register_buffer("weight", torch.empty(width, D, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(width, dtype=torch.bfloat16))
+        step, at = max(1, BLOCK // D), 0
+        for weight in weights:
+            for part in weight.detach().split(step):
+                end = at + len(part)
+                w = scratch(*part.shape).copy_(part)                                 # (step, D) float32
+                peak = torch.maximum(w.amax(1), -w.amin(1))                          # (step); aminmax takes 10 times
+                self.scale[at:end] = peak.clamp(min=1e-30) / 127
+                w.div_(self.scale[at:end, None].float()).round_().clamp_(-127, 127)
+                self.weight[at:end] = w
+                at = end
+
+    @staticmethod
+    def fit(weights: list[Tensor]) -> bool:
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O)"""
+        if x.numel() > FEW_INT8 * x.shape[-1]:
+            return blocks(x, self.weight, self.scale)
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()                                 # (R, D)
+        return torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def replace(module: nn.Module, names: tuple[str, ...], name: str, kind: type, shared: bool = False) -> None:
+    """Put one layer of a kind, Columns or Int8, called `name`, in the place of a module's Linears `names`.
+
+    shared: somebody else has their weights, too, so they stay in memory.
+    """
+    weights = [getattr(module, old).weight for old in names]
+    if any(weight.device.type != "cpu" for weight in weights):
+        raise UserError("packing and int8 are for models on a CPU (use --device cpu, or leave it out)")
+    if not kind.fit(weights):
+        return
+    new = kind(weights)
+    for old in names:
+        delattr(module, old)
+    setattr(module, name, new)
+    for weight in [] if shared else weights:
+        forget(weight)
+
+
+def forget(weight: Tensor) -> None:
+    """Take a weight that was read from a mapped file, and won't be again, out of this process's memory.
+
+    Pages of a file stay resident as long as the file is mapped, and it is: the embeddings are in it, too. The content
+    isn't lost; whoever looks after all gets it from the file again. Memory that is no file's is left alone. Linux only.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    page = 4096
+    start, end = -(-weight.data_ptr() // page) * page, (weight.data_ptr() + weight.nbytes) // page * page
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, _, _, _, inode, *_ = line.split()
+            low, high = (int(address, 16) for address in span.split("-"))
+            if inode != "0" and low <= start < end <= high:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)   # MADV_DONTNEED
+                return
