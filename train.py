@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --stage 2          the same on eight GPUs (DDP), with the same global batch
 
 Without further flags this is the embedded world (toy.py) on whatever this machine has. With --json and --images it is
-LLaVA's data, with --vision and --llm any public towers.
+LLaVA's data, with --data the same prepared ahead (data.py prepare), with --vision and --llm any public towers.
 
 The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch
 into micro-batches (--micro), or sharing it out among processes, changes no gradient. (LLaVA averages the means of
