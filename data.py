@@ -16,6 +16,8 @@ looks for in the picture). The row grows piece by piece from left to right, so n
 Both are LLaVA-1.5's, token for token. Look at what a model would be trained on before training it:
 
     python data.py show --json llava_v1_5_mix665k.json --images playground/data --tokenizer vicuna-7b-v1.5 --n 3
+
+This file keeps a json in memory and tokenises records when they are wanted; prepare.py is for hundreds of thousands.
 """
 import argparse
 import codecs
@@ -462,7 +464,7 @@ def order(n: int, steps: int, batch: int, seed: int, group: str = "none", length
         last of an epoch, where both kinds' leftovers meet.
     Both put the longest of a batch first. Processes take every size-th: the samples that they put through the model at
     the same time are of like length, and if the batch can be shared out evenly, their shares differ in sum by less than
-    its longest sample from its shortest.
+    its longest sample from its shortest. What that saves: `python data.py padding`.
     """
     per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
     for step in range(steps):

@@ -638,7 +638,8 @@ def test_processes_stay_in_step_over_damaged_pictures(model, trainable):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, str(ROOT / "train.py"), *flags(model, trainable, "two", *both)]
-    torchrun = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    torchrun = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port}
     runs = [subprocess.Popen(command, env={**torchrun, "RANK": rank, "LOCAL_RANK": rank}, text=True,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in "01"]
     said = [run.communicate(timeout=300)[1] for run in runs]
