@@ -243,8 +243,9 @@ PHRASES = {
                 "Can you see the {k} left of the {j}?"),
     "colour": ("What color is the {k}?/What is the color of the {k}?/Which color does the {k} have?/"
                "Tell me the color of the {k}.|Which color is the {k}?/What color does the {k} have?"),
-    "word": ("What word is printed?/What does the text say?/Read the word./Tell me the word./"
-             "Which word do you see?|What word do you see?/Read the text."),
+    "word": ("What word is printed?/What does the text say?/Read the word./Tell me the word./Which word do you see?/"
+             "What is the word?/What is the text?/Which text is printed?/Read the printed text.|"
+             "What word do you see?/Read the text."),
     "it": "Where is it?/In which place is it?/Tell me where it is.|Where can you see it?/Where do you see it?",
     "it-left": ("Is it left of the {j}?/Is it to the left of the {j}?/Do you see it left of the {j}?|"
                 "Do you see it to the left of the {j}?/Can you see it left of the {j}?"),
@@ -447,6 +448,10 @@ class ToyScenes(torch.utils.data.Dataset):
         turns = conversation(scene) if self.stage == 2 else []
         turns = turns or [("Describe the picture.", caption(scene))]
         return render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
+
+    def length(self, i):
+        """Tokens of sample i's text."""
+        return len(self.sample(i).ids)
 
     def __getitem__(self, i):
         return item(self.sample(i), preprocess(draw(self.scene(i)), self.size, pad=True))

@@ -24,6 +24,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice, tee
 from pathlib import Path
 
 import torch
@@ -48,9 +49,9 @@ RECIPES = {
     ("llava", 1): dict(batch=256, lr=1e-3),
     ("llava", 2): dict(batch=128, lr=1e-5),
     ("toy", 1): dict(batch=32, lr=3e-3),
-    ("toy", 2): dict(batch=32, lr=1e-3),
+    ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
-TOY_STEPS = {1: 250, 2: 1600}
+TOY_STEPS = {1: 200, 2: 2000}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
               rms_norm_eps=1e-5, max_position_embeddings=4096)
@@ -59,7 +60,8 @@ VICUNA = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_h
 HUB = "https://huggingface.co/"
 PLACES = {
     ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1
-            --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --images data/LLaVA-Pretrain/images
+            --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
+            --images data/LLaVA-Pretrain/images
             of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
     ("data", 2): ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
             --json data/llava_v1_5_mix665k.json --images data
@@ -162,7 +164,7 @@ def complete(args):
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
-    args.micro = args.micro or args.batch
+    args.micro = args.micro or recipe.get("micro", args.batch)
     args.workers = (0 if args.world == "toy" else 4) if args.workers is None else args.workers
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
@@ -261,9 +263,23 @@ def freeze(model: VLM, stage: int, mode="on", train_vision=False):
 
 
 def pieces(rows, rank, size, micro):
-    """This process's share of a step's samples, in micro-batches. If there are fewer samples than processes, some
-    process has none: it takes the first, which `train_step` is told not to count."""
-    return split(rows[rank::size] or rows[:1], micro)
+    """This process's share of a step's samples in micro-batches, and how many of these count.
+
+    All processes get as many micro-batches, since in each they wait for each other: who has fewer takes a sample again,
+    which `train_step` is told not to count.
+    """
+    mine = split(rows[rank::size], micro)
+    most = len(split(rows[::size], micro))
+    return mine + [rows[:1]] * (most - len(mine)), len(mine)
+
+
+def shares(steps, dataset, rank, size, micro):
+    """pieces of every step. Where lengths can be told at once, a step's samples go by length, so that those of one
+    micro-batch, and those of all processes at a time, need little padding. The step and its gradient stay the same."""
+    for rows in steps:
+        if hasattr(dataset, "length"):
+            rows = sorted(rows, key=dataset.length)
+        yield rows, *pieces(rows, rank, size, micro)
 
 
 def settings(args, steps, n):
@@ -280,13 +296,13 @@ def recompute(model: VLM):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def train_step(model, batches, device, dtype, mode="on", counts=True):
+def train_step(model, batches, device, dtype, mode="on", counting=None):
     """Forward and backward of one global batch, given as this process's micro-batches.
 
-    dtype: of autocast. counts: False if this process only keeps the others company. Returns this process's share of the
-    mean loss of a supervised token, to be summed.
+    dtype: of autocast. counting: how many of the micro-batches count (None: all); the others keep other processes
+    company. Returns this process's share of the mean loss of a supervised token, to be summed.
     """
-    for batch in () if counts else batches:
+    for batch in batches[counting:] if counting is not None else ():
         batch["labels"].fill_(data.IGNORE)
     supervised = total(sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches), device=device)
     size, loss_sum = dist.get_world_size() if dist.is_initialized() else 1, 0.0
@@ -364,21 +380,22 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
     picture_rows = vlm.vision.grid ** 2
     like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
                                                 lengths=dataset.lengths(picture_rows, args.max_length))
-    todo = list(order(len(dataset), steps, args.batch, args.seed, **like))[start:]
-    mine = [pieces(rows, rank, size, args.micro) for rows in todo]
+    todo = islice(order(len(dataset), steps, args.batch, args.seed, **like), start, None)
+    todo, ahead = tee(shares(todo, dataset, rank, size, args.micro))
     batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=sum(mine, []), num_workers=args.workers, generator=torch.Generator(),
+        dataset, batch_sampler=(piece for _, mine, _ in ahead for piece in mine), num_workers=args.workers,
+        generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
     cost = lambda lengths, supervised: plan.flops(vlm, lengths, supervised, args.train_vision, args.stage == 2)
-    for step, (rows, share) in enumerate(zip(todo, mine), start):
+    for step, (rows, mine, counting) in enumerate(todo, start):
         tic, lr = time.perf_counter(), get_lr(step, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        taken = [take(batches) for _ in share]
+        taken = [take(batches) for _ in mine]
         waited = time.perf_counter() - tic
-        loss = train_step(model, taken, device, dtype, args.mode, rank < len(rows))
+        loss = train_step(model, taken, device, dtype, args.mode, counting)
         lengths = [n + vlm.vision.grid ** 2 - 1 for b in taken for n in b["mask"].sum(1).tolist()]
         work = cost(lengths, sum(int((b["labels"] != data.IGNORE).sum()) for b in taken))
         loss, tokens, work, asked = total(loss, sum(int(b["mask"].sum()) for b in taken), work, float(stop.asked),

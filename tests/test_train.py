@@ -338,7 +338,7 @@ dist.init_process_group("gloo")
 model = VLM.from_pretrained({model!r}, dtype=torch.float32)
 trained = train.freeze(model, 2)
 samples = torch.load({samples!r}, weights_only=True)
-share = train.pieces(samples, dist.get_rank(), 2, 2)
+share, _ = train.pieces(samples, dist.get_rank(), 2, 2)
 batches = [data.collate(rows) for rows in share]
 train.train_step(DistributedDataParallel(model), batches, torch.device("cpu"), torch.float32)
 if dist.get_rank() == 0:
