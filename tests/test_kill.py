@@ -1,8 +1,8 @@
 """kill -9 at random moments, some of them inside the writing of a checkpoint: what comes out is what an undisturbed run
 gives, bit for bit.
 
-Two kills of one process by default; NANOCCRA_KILLS=10 gives ten, in both stages, alone and in two processes (DDP, FSDP),
-which takes about a quarter of an hour.
+Two kills of one process by default; NANOCCRA_KILLS=10 gives ten, in both stages, alone and in two processes (DDP and
+FSDP), which takes about a quarter of an hour.
 """
 import os
 import random
@@ -25,7 +25,7 @@ RUNS = [("2", 1, "none")] if KILLS <= 2 else [(stage, size, how) for stage in "1
 
 def command(towers, tmp_path, stage, size, how, out):  # noqa: F811
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--standalone"] if size > 1 else []
-    model = ["--model", tmp_path / "start"] if stage == "2" else ["--vision", towers / "clip", "--llm", towers / "llama"]
+    model = ["--vision", towers / "clip", "--llm", towers / "llama"] if stage == "1" else ["--model", tmp_path / "start"]
     return [sys.executable, *launch, ROOT / "train.py", "--stage", stage, *model, "--world", "toy", "--parallel", how,
             "--device", "cpu", "--threads", "1", "--steps", "30", "--batch", "6", "--micro", "2", "--save-every", "2",
             "--out", tmp_path / out]
@@ -53,9 +53,10 @@ def killed_inside(run, out, moment, inside):
 def test_killed_again_and_again(towers, tmp_path, stage, size, how):  # noqa: F811
     if stage == "2":
         first = command(towers, tmp_path, "1", 1, "none", "start")
-        subprocess.run(list(map(str, first)) , check=True, capture_output=True)
+        subprocess.run(list(map(str, first)), check=True, capture_output=True)
     rng, caught = random.Random(f"{stage}{size}{how}"), 0
-    subprocess.run(list(map(str, command(towers, tmp_path, stage, size, how, "whole"))), check=True, capture_output=True)
+    whole = command(towers, tmp_path, stage, size, how, "whole")
+    subprocess.run(list(map(str, whole)), check=True, capture_output=True)
     run, out = command(towers, tmp_path, stage, size, how, "parts"), tmp_path / "parts"
     for i in range(KILLS):
         for path in (out / "checkpoints").glob("*.tmp") if i else ():       # so that the next one seen is new

@@ -123,7 +123,8 @@ def test_held_out_accuracy():
 
 def test_score_toy_by_hand():
     def asked(kind, short, answer=None, new=False):
-        return toy.Item(None, kind, [toy.Turn("first?", "x", "x"), toy.Turn("q?", answer or short, short)], new, not new)
+        turns = [toy.Turn("first?", "x", "x"), toy.Turn("q?", answer or short, short)]
+        return toy.Item(None, kind, turns, new, not new)
     items = [asked("count", a) for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
     items += [asked("word", "sun")]
     result = evaluation.score_toy(items, ["1", "2", "2", "x", "sun"])

@@ -143,7 +143,8 @@ def test_what_is_held_out():
         for ending in toy.SENTENCE:
             question = question.removesuffix(ending)
         return re.sub(rf"\b({plurals}|(an? )?({'|'.join(names)}))\b", "X", question)
-    trained = {pattern(question) for i in range(3000) for question, _ in toy.conversation(toy.make_scene(f"train2/{i}"))}
+    trained = {pattern(question) for i in range(3000)
+               for question, _ in toy.conversation(toy.make_scene(f"train2/{i}"))}
     for item in items:
         assert (pattern(item.turns[-1].question) in trained) == (not item.new_phrasing)
     words = {word for question in trained for word in re.findall(r"\w+", question)}
