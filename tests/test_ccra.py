@@ -327,7 +327,7 @@ def test_under_the_token_norm_attention_cannot_be_felt():
 
 
 def test_joint_is_group_norm():
-    model, (F_stack, F_t, mask) = make(TINY), inputs(TINY)
+    model, (F_stack, _, _) = make(TINY), inputs(TINY)
     W = torch.rand(3, 4, 5, dtype=torch.float64)
     got = model.lpwca.norm(F_stack, 1 + W, "joint")
     group = nn.GroupNorm(1, 10, eps=ccra.EPS, dtype=torch.float64)

@@ -16,17 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from test_train import towers  # noqa: F401 (a fixture)
 
 KILLS = int(os.environ.get("NANOCCRA_KILLS", 2))
 RUNS = [("2", 1, "none")] if KILLS <= 2 else [(stage, size, how) for stage in "12" for size, how in
                                               ((1, "none"), (2, "ddp"), (2, "fsdp"))]
 
 
-def command(towers, tmp_path, stage, size, how, out):  # noqa: F811
+def command(towers, tmp_path, stage, size, how, out):
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", "--standalone"] if size > 1 else []
-    model = ["--vision", towers / "clip", "--llm", towers / "llama"] if stage == "1" else ["--model", tmp_path / "start"]
-    return [sys.executable, *launch, ROOT / "train.py", "--stage", stage, *model, "--world", "toy", "--parallel", how,
+    start = ["--vision", towers / "clip", "--llm", towers / "llama"], ["--model", tmp_path / "start"]
+    return [sys.executable, *launch, ROOT / "train.py", "--stage", stage, *start[stage == "2"], "--world", "toy", "--parallel", how,
             "--device", "cpu", "--threads", "1", "--steps", "30", "--batch", "6", "--micro", "2", "--save-every", "2",
             "--out", tmp_path / out]
 
@@ -50,7 +49,7 @@ def killed_inside(run, out, moment, inside):
 
 
 @pytest.mark.parametrize("stage, size, how", RUNS)
-def test_killed_again_and_again(towers, tmp_path, stage, size, how):  # noqa: F811
+def test_killed_again_and_again(towers, tmp_path, stage, size, how):
     if stage == "2":
         first = command(towers, tmp_path, "1", 1, "none", "start")
         subprocess.run(list(map(str, first)), check=True, capture_output=True)

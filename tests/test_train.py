@@ -15,31 +15,10 @@ import data
 import toy
 import train
 from ccra import VLM, CCRAConfig
-from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from clip import CLIPVision
 from conftest import ROOT
-from llama import Llama, LlamaConfig, Tokenizer
+from llama import Llama, Tokenizer
 from weights import UserError
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """A tiny CLIP and a tiny Llama with the embedded world's tokenizer, in the public layout."""
-    folder = tmp_path_factory.mktemp("towers")
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                              num_attention_heads=2)
-    text = CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, max_position_embeddings=16, eos_token_id=63)
-    CLIP(vision, text, projection_dim=8).save_pretrained(folder / "clip")
-    (folder / "llama").mkdir()
-    (folder / "llama" / "tokenizer.model").write_bytes((toy.MODEL / "tokenizer.model").read_bytes())
-    tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2))
-    llm.init_weights()
-    llm.save_pretrained(folder / "llama")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +68,8 @@ def test_variants_of_ccra_can_be_chosen_in_stage_2(stage1, tmp_path):
     for name, flags, still in (("parts", ["--off", "lpwca", "smooth"], ("lpwca.q", "lpwca.k")),
                                ("apart", ["--order", "decoupled", "--norm", "stack"], ("lpwca",)),
                                ("sofar", ["--order", "shuffled", "--query", "sofar"], ())):
-        train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path / name), "--steps", "2", "--batch", "2",
-                    *flags])
+        train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path / name), "--steps", "2",
+                    "--batch", "2", *flags])
         before, after = parameters(stage1), parameters(tmp_path / name)
         unmoved = {key for key in after if key.startswith("fuser.") and torch.equal(before[key], after[key])}
         assert unmoved == {key for key in after for part in still if key.startswith(f"fuser.{part}")}
