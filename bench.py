@@ -287,7 +287,7 @@ def cost(args) -> None:
     import toy
     from ccra import VLM
     from data import collate, prompt, query_of
-    from eval import answers, score_toy
+    from eval import score_toy, sit
     from clip import preprocess
     from llama import Tokenizer
     torch.set_num_threads(args.threads)
@@ -296,15 +296,15 @@ def cost(args) -> None:
     for name in ("float32", "int8"):
         model = VLM.from_pretrained(folder, dtype=torch.float32).eval()
         model.llm.pack(int8=True) if name == "int8" else None
-        rows = [prompt([(question, None)], tokenizer) for _, _, question, _ in items[:100]]
+        rows = [prompt([(item.turns[0].question, None)], tokenizer) for item in items[:100]]
         batch = collate([dict(ids=row.ids, labels=row.labels, query=query_of(row.turns, model.query),
-                              pixels=preprocess(toy.draw(item[0]), model.image["size"], pad=True))
+                              pixels=preprocess(toy.draw(item.scene), model.image["size"], pad=True))
                          for row, item in zip(rows, items)])
         batch.pop("labels")
         with torch.no_grad():
             real = batch["mask"].sum(1) + (batch["ids"] == PICTURE).sum(1) * (model.vision.grid ** 2 - 1)
             logits = model(**batch)[torch.arange(len(rows)), real - 1]               # (100, V), of the answers' starts
-        texts = answers(model, tokenizer, [(toy.draw(s), q) for s, _, q, _ in items], 100, 12, torch.device("cpu"))
+        texts = sit(model, tokenizer, items, 100, torch.device("cpu"))
         size = sum(t.nbytes for t in chain(model.llm.parameters(), model.llm.buffers()))
         found[name] = logits, score_toy(items, texts)["accuracy"], size
     (exact, *_), (rounded, *_) = found["float32"], found["int8"]

@@ -1,6 +1,6 @@
 """Ask a picture a question.
 
-    python sample.py --image assets/scene.png --q "Where is the ladder?"
+    python sample.py --image assets/scene.png --q "What color is the square?"
     python sample.py --image assets/scene.png --chat          several questions, with history
 
 The answer, and nothing else, goes to stdout as it is written; times go to stderr. The default model is the embedded one

@@ -46,15 +46,15 @@ from weights import UserError, autocast_dtype, read_json, run, skeleton, write_b
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
-    ("llava", 1): dict(batch=256, lr=1e-3),
-    ("llava", 2): dict(batch=128, lr=1e-5),
+    ("llava", 1): dict(batch=256, lr=1e-3, micro=32),
+    ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
 TOY_STEPS = {1: 200, 2: 1500}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
-VICUNA = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-              rms_norm_eps=1e-5, max_position_embeddings=4096)
+VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+              num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
 
 # Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place, source)
 HUB = "https://huggingface.co/"
@@ -103,7 +103,8 @@ def arguments(argv=None):
     g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: all of its share)")
+    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: LLaVA's 32 and "
+                   "16; the embedded world's 32 and 8)")
     g.add_argument("--lr", type=float, help="peak learning rate: 3%% warm-up, then half a cosine to zero")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     g.add_argument("--steps", type=int, help="default: one epoch")
