@@ -218,6 +218,12 @@ def build(args):
     return model, Tokenizer.from_pretrained(folder)
 
 
+def choices(model):
+    """What flags may choose about a model, as it is."""
+    names = ("norm", "order", "lpwca", "lwca", "pwca", "smooth")
+    return {key: value for key, value in vars(model.fuser.config).items() if key in names} | {"query": model.query}
+
+
 def inherited(args, model):
     """What stage 2 takes over from stage 1, and what it changes, as a line; empty in stage 1."""
     before = Path(args.model or f"out/{args.world}/stage1") / "train.json"
@@ -225,8 +231,7 @@ def inherited(args, model):
         return ""
     before = read_json(before)
     said = {**variant(args), **({"query": args.query} if args.query else {})}
-    now = {key: getattr(model.fuser.config, key) for key in ("norm", "order", "lpwca", "lwca", "pwca", "smooth")}
-    now["query"] = model.query
+    now = choices(model)
     was = before["model"]
     changed = [f"{key} {was.get(key)} -> {now[key]}" for key in said if was.get(key) != now[key]]
     kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
@@ -510,8 +515,7 @@ def write_model(args, model, trained, tokenizer, course, dtype):
             tensors[name] = tensor.to("cpu", dtype if args.stage == 2 or name not in trained else torch.float32)
     if parallel.where()[0] == 0:
         model.save_pretrained(args.out, tokenizer_file=tokenizer.file, tensors=tensors)
-        config = {key: getattr(model.fuser.config, key) for key in ("norm", "order", "lpwca", "lwca", "pwca", "smooth")}
-        text = json.dumps({**course, "model": {**config, "query": model.query}}, indent=1)
+        text = json.dumps({**course, "model": choices(model)}, indent=1)
         write_beside(args.out / "train.json", lambda tmp: tmp.write_text(text + "\n"))
 
 
