@@ -75,15 +75,22 @@ def report(args, model, steps, samples) -> str:
     return "\n".join(lines)
 
 
-def measure(model, args, micro, device="cpu") -> dict:
+def measure(model, args, micro) -> dict:
     """Bytes at the peak of a training step, by kind, of one of args.gpus processes, each with `micro` rows of
     args.max_length tokens. Nothing is computed: tensors are fake, the group of processes is, too.
+
+    Without slices (DDP) only what lasts is counted: activations come on top.
     """
+    if args.parallel != "fsdp":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        kinds = {"frozen": frozen, "trained": 4 * trained, "gradient, twice": 8 * trained, "optstate": 8 * trained}
+        return {**kinds, "total": sum(kinds.values())}
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    before = clip.AMX, clip.SLOW_HALF, linear.SLOW_HALF
     clip.AMX = clip.SLOW_HALF = linear.SLOW_HALF = False          # the ways that a GPU takes
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
@@ -91,16 +98,13 @@ def measure(model, args, micro, device="cpu") -> dict:
         with FakeTensorMode():
             model = fake(model)
             model.forward = partial(whole_step, model)
-            if args.parallel == "fsdp":          # with DDP a process holds all of it, and the gradients once more
-                parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=1e-5)
-            sliced = args.parallel == "fsdp"
-            tracker = FSDPMemTracker(model, optimizer) if sliced else MemTracker()
+            parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+            tracker = FSDPMemTracker(model, optimizer)
             size, length = model.vision.config.image_size, args.max_length
             pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
             ids = torch.zeros(micro, length - model.vision.grid ** 2, dtype=torch.long)
-            tracker.track_external(pixels, ids, *(() if sliced else (model, optimizer)))
+            tracker.track_external(pixels, ids)
             with tracker:
                 for step in range(2):           # AdamW's moments are there from the second step on
                     model(pixels, ids).backward()
@@ -110,6 +114,7 @@ def measure(model, args, micro, device="cpu") -> dict:
             [peak] = tracker.get_tracker_snapshot("peak").values()
     finally:
         dist.destroy_process_group()
+        clip.AMX, clip.SLOW_HALF, linear.SLOW_HALF = before
     return {str(getattr(kind, "value", kind)).lower(): size for kind, size in peak.items()}
 
 
