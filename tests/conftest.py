@@ -33,3 +33,12 @@ def towers(tmp_path_factory):
     llm.init_weights()
     llm.save_pretrained(folder / "llama")
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors this small only make a second thread wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

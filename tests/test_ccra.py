@@ -14,15 +14,7 @@ from weights import UserError
 
 TINY = CCRAConfig(text_dim=12, vision_dim=10, n_layers=4, d_hidden=6, kernel_size=3)
 ABLATIONS = ({}, {"lpwca": False}, {"lwca": False}, {"pwca": False}, {"smooth": False})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only make a second thread wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

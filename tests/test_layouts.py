@@ -34,15 +34,7 @@ TEXT = dict(vocab_size=V, hidden_size=48, intermediate_size=128, num_hidden_laye
             rms_norm_eps=1e-5, max_position_embeddings=4096)
 LLAMA31 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=8192)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only make a second thread wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fails(*words):
