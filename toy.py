@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig, preprocess
 from data import IGNORE, SYSTEM, item, render
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import Tensors, read_config, run, save
+from weights import Tensors, autocast_dtype, read_config, run, save
 
 ROOT = Path(__file__).resolve().parent
 SCENE = "test/207"                        # the scene that the README asks about
@@ -45,7 +45,7 @@ OUT = Path("out/toy")                     # where retraining works
 # ---------------------------------------------------------------------------------------------------------------------
 # the world
 
-SIZE, CELL = 96, 32                       # pixels: a picture is 3 x 3 places
+SIZE, CELL, PATCH = 96, 32, 12            # pixels: a picture is 3 x 3 places, and 8 x 8 patches for its CLIP
 CATEGORIES = {
     "animal": ["cat", "dog", "cow", "pig", "frog", "owl", "crab", "bee", "tiger", "wolf"],
     "food": ["apple", "banana", "lemon", "carrot", "pizza", "egg", "cake", "donut", "tomato", "peach"],
@@ -140,6 +140,12 @@ def layout(scene: Scene) -> list:
         x, y = (min(max(m + rng.uniform(-free, free), 13), SIZE - 13) for m in middle)
         found.append((thing, x, y, side, rng.uniform(-35, 35) if thing.what == "object" else rng.uniform(-10, 10)))
     return sorted(found, key=lambda row: (row[0].what == "word", -row[3]))
+
+
+def box(thing: Thing, x, y, side) -> tuple:
+    """(left, top, right, bottom) of a thing that is drawn so, in pixels; of its upright outline."""
+    half_width, half_height = (20, 7) if thing.what == "word" else (side / 2, side / 2)
+    return x - half_width, y - half_height, x + half_width, y + half_height
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -498,7 +504,8 @@ def train_tokenizer(out: Path):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), for matrices.
 
-    torch.optim.Muon does these steps in bfloat16, which takes a CPU without AMX three seconds a step; this is float32.
+    torch.optim.Muon does these steps in bfloat16, which takes a CPU that can't three seconds a step; this does them in
+    what suits the machine.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -512,7 +519,7 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 u = torch.lerp(p.grad, buffer, group["momentum"])                     # Nesterov
                 u = u.T if p.shape[0] > p.shape[1] else u
-                u = u / (u.norm() + 1e-7)
+                u = (u / (u.norm() + 1e-7)).to(autocast_dtype(p.device))
                 for _ in range(5):
                     gram = u @ u.T
                     u = 3.4445 * u + (-4.775 * gram + 2.0315 * gram @ gram) @ u
@@ -539,7 +546,7 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
     Warm-up over 50 steps, constant, linear to zero over the last quarter. Every 100 steps everything is written to
     out/NAME.ckpt, beside and renamed, and a run that was stopped goes on from there.
     """
-    opts, start, log = optimizers(model, lr), 0, out / f"{name}.csv"
+    opts, start, log, dtype = optimizers(model, lr), 0, out / f"{name}.csv", autocast_dtype(torch.device("cpu"))
     ckpt = out / f"{name}.ckpt"
     if ckpt.exists():
         state = torch.load(ckpt, weights_only=True)
@@ -556,7 +563,8 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * rate
-        loss, right = loss_of_step(model, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, right = loss_of_step(model, step)
         loss.backward()
         for opt in opts:
             opt.step()
@@ -600,18 +608,53 @@ def sibling(scene: Scene) -> Scene:
 CLIP_GROW = 100
 
 
+def regions(scenes: list) -> tuple:
+    """Which patches show what: (weights (things, pictures * N), the things' phrases).
+
+    A phrase is a thing's part of the caption, "cat top left". A row of weights is the share of a thing's box that falls
+    into each patch: their sum of all patches' features is the mean over the box.
+    """
+    grid = SIZE // PATCH
+    edges = torch.arange(grid + 1) * PATCH
+    rows, phrases = [], []
+    for i, scene in enumerate(scenes):
+        for thing, x, y, side, _ in layout(scene):
+            left, top, right, bottom = box(thing, x, y, side)
+            across = (edges.clamp(left, right)).diff()                                # (grid), pixels of every column
+            down = (edges.clamp(top, bottom)).diff()
+            inside = torch.zeros(len(scenes), grid, grid)
+            inside[i] = torch.outer(down, across)
+            rows.append((inside / inside.sum()).flatten())
+            phrases.append(f"{thing.text()} {PLACES[thing.cell]}")
+    return torch.stack(rows), phrases
+
+
 def clip_config(vocab_size):
-    vision = CLIPVisionConfig(image_size=SIZE, patch_size=12, hidden_size=128, intermediate_size=512,
+    vision = CLIPVisionConfig(image_size=SIZE, patch_size=PATCH, hidden_size=128, intermediate_size=512,
                               num_hidden_layers=8, num_attention_heads=4)
     text = CLIPTextConfig(vocab_size=vocab_size + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
                           num_attention_heads=4, max_position_embeddings=80, eos_token_id=vocab_size)
     return vision, text          # a text ends with an id of its own, above the tokenizer's
 
 
-def train_clip(out: Path, tokenizer, steps, batch=40):
-    """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings.
+def as_text(tokenizer, texts: list):
+    """Texts as CLIP's text tower takes them: (B, T), filled up with the id that ends a text."""
+    ids, end = [tokenizer.encode(text) for text in texts], tokenizer.vocab_size
+    width = 1 + max(map(len, ids))
+    return torch.tensor([row + [end] * (width - len(row)) for row in ids])            # pooled at the first end
 
-    Scenes of one thing come first and grow by one in CLIP_GROW steps: from a single thing it is learnt what places are.
+
+def contrast(logits, target):
+    """Cross-entropy of every row, and the share of rows whose highest logit is the right one."""
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+
+
+def train_clip(out: Path, tokenizer, steps, batch=48):
+    """Contrastive learning (CLIP, Radford et al. 2021) on pictures and captions, half of the batch being siblings; and
+    on the parts of both, as RegionCLIP (Zhong et al. 2022) has it: the patches where a thing lies against its phrase.
+
+    The real CLIP has seen 12.8 billion pictures and learns from whole captions alone what lies where; here the parts
+    make up for that. Scenes of one thing come first and grow by one in CLIP_GROW steps.
     """
     torch.manual_seed(1)
     model = CLIP(*clip_config(tokenizer.vocab_size), projection_dim=128)
@@ -622,13 +665,18 @@ def train_clip(out: Path, tokenizer, steps, batch=40):
         scenes = [make_scene(f"clip/{step}/{i}", limit=rng.randint(1, 1 + step // CLIP_GROW)) for i in range(batch)]
         scenes += [sibling(scene) for scene in scenes]
         pixels = torch.stack([preprocess(draw(scene), SIZE, pad=True) for scene in scenes])
-        ids, end = [tokenizer.encode(caption(scene)) for scene in scenes], tokenizer.vocab_size
-        width = 1 + max(map(len, ids))
-        text = torch.tensor([row + [end] * (width - len(row)) for row in ids])        # pooled at the first end
-        logits = model(pixels, text)                                                   # (B, B), pictures by captions
-        target = torch.arange(len(logits))
-        right = (logits.argmax(-1) == target).float().mean().item()
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, right
+        weights, phrases = regions(scenes)                                             # (things, B N)
+        names = sorted(set(phrases))
+        hidden = model.vision.states(pixels)[-1]                                       # (B, 1 + N, d)
+        features = model.visual_projection(model.vision.post_layernorm(hidden))        # (B, 1 + N, P)
+        things = F.normalize(weights @ features[:, 1:].flatten(0, 1).float(), dim=-1)  # (things, P)
+        told = F.normalize(model.encode_text(as_text(tokenizer, names)).float(), dim=-1)
+        parts, right = contrast(model.logit_scale.exp() * things @ told.T,
+                                torch.tensor([names.index(phrase) for phrase in phrases]))
+        whole = F.normalize(features[:, 0].float(), dim=-1)                            # (B, P)
+        captions = F.normalize(model.encode_text(as_text(tokenizer, [caption(s) for s in scenes])).float(), dim=-1)
+        logits, target = model.logit_scale.exp() * whole @ captions.T, torch.arange(len(scenes))
+        return parts + (contrast(logits, target)[0] + contrast(logits.T, target)[0]) / 2, right
 
     pretrain("clip", model, loss_of_step, steps, 1e-3, out)
     model.save_pretrained(out / "clip")
