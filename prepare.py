@@ -52,7 +52,7 @@ import data
 from clip import open_image, preprocess
 from data import GROUPS, IGNORE, IMAGE_TOKEN, TEMPLATES, Sample, order, split
 from llama import Tokenizer
-from weights import UserError, read_json, write_beside
+from weights import Lock, UserError, read_json, write_beside
 
 FORMAT = 1                       # of the folder; goes up when an older folder can't be read any more
 RAGGED = dict(tokens=((), np.int32), turns=((3,), np.int32), names=((), np.uint8), paths=((), np.uint8))
@@ -152,7 +152,7 @@ tokenizer_of = cache(Tokenizer.from_pretrained)       # one per process
 
 def follow(parent: int) -> None:
     """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes, too: nobody else would end
-    it, and it holds the lock on the folder."""
+    it."""
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -429,13 +429,12 @@ def workplace(out: Path) -> Iterator[Path]:
     """A folder beside `out` for this process alone. If it is still there in the end, it is removed."""
     tmp = out.with_name(out.name + ".tmp")
     tmp.mkdir(parents=True, exist_ok=True)
-    lock = os.open(tmp, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not tmp.exists() or not os.path.samestat(os.fstat(lock), os.stat(tmp)):      # it was renamed just now
+        lock = Lock(tmp)
+        if not tmp.exists() or not os.path.samestat(os.fstat(lock.fd), os.stat(tmp)):      # it was renamed just now
+            lock.close()
             raise BlockingIOError
     except BlockingIOError:
-        os.close(lock)
         raise UserError(f"{tmp}: another process is preparing this folder") from None
     try:
         for leftover in tmp.iterdir():                  # of a run that was killed
@@ -443,7 +442,7 @@ def workplace(out: Path) -> Iterator[Path]:
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.close(lock)
+        lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ def arguments(argv=None):
                    "--json, else toy)")
     p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; what "
+                   "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
@@ -291,7 +293,7 @@ def shares(steps, dataset, rank, size, micro):
 def settings(args, steps, n):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query,
+                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, dtype=args.dtype,
                 **({"group": args.group} if args.data else {}), **variant(args))
 
 
@@ -506,14 +508,18 @@ def epoch(args):
 def write_model(args, model, trained, tokenizer, course, dtype):
     """The trained model as a folder that from_pretrained reads, and train.json, which says how it came about.
 
-    All processes call it; the first one writes. Stage 1's is kept in float32, what stage 2 ends with in dtype.
+    All processes call it; the first one writes. What stage 2 ends with is in dtype. Stage 1 goes on: what it trained is
+    in float32, and the rest is written as it was found, since `save_precision` may have rounded it.
     """
-    tensors = {}
+    first, tensors = parallel.where()[0] == 0, {}
+    found = dict(build(args)[0].named_parameters()) if first and args.stage == 1 else {}
     for name, p in model.named_parameters():
         tensor = parallel.whole(p)              # one after the other: a card never holds the whole model
-        if parallel.where()[0] == 0:
-            tensors[name] = tensor.to("cpu", dtype if args.stage == 2 or name not in trained else torch.float32)
-    if parallel.where()[0] == 0:
+        if first and args.stage == 1:
+            tensors[name] = tensor.to("cpu", torch.float32) if name in trained else found[name].detach()
+        elif first:
+            tensors[name] = tensor.to("cpu", dtype)
+    if first:
         model.save_pretrained(args.out, tokenizer_file=tokenizer.file, tensors=tensors)
         text = json.dumps({**course, "model": choices(model)}, indent=1)
         write_beside(args.out / "train.json", lambda tmp: tmp.write_text(text + "\n"))
@@ -526,7 +532,7 @@ def main(argv=None):
     check_places(args)
     rank, size, device = parallel.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
-    dtype = autocast_dtype(device)
+    dtype = autocast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
