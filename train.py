@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+import curve
 import data
 import parallel
 import plan
@@ -290,11 +291,13 @@ def shares(steps, dataset, rank, size, micro):
         yield rows, *pieces(rows, rank, size, micro)
 
 
-def settings(args, steps, n):
+def settings(args, dataset):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
-    return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query, dtype=args.dtype,
-                **({"group": args.group} if args.data else {}), **variant(args))
+    n = len(dataset)
+    prepared = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else {}
+    return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n, batch=args.batch,
+                lr=args.lr, warmup=args.warmup, seed=args.seed, max_length=args.max_length, mode=args.mode,
+                query=args.query, dtype=args.dtype, **prepared, **variant(args))
 
 
 def recompute(model: VLM):
@@ -427,6 +430,8 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
             log.row(step + 1, loss, lr, norm, tokens, len(rows), now - tic, waited, work / size, device)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or ends:
             checkpoints.save(step + 1, trained, optimizer, course)
+            if rank == 0:
+                curve.draw(args.out)
         if args.ask_every and (step + 1) % args.ask_every == 0:
             for line in say_answers(model, tokenizer, device, step + 1):
                 if rank == 0:
@@ -440,7 +445,7 @@ COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "
 
 
 class Log:
-    """One line a step on stdout, and the same in log.csv, which a resumed run continues."""
+    """One line a step on stdout, and the same in log.csv, which a resumed run continues. curve.py draws it."""
 
     def __init__(self, args, start, steps):
         path = args.out / "log.csv"
@@ -538,7 +543,7 @@ def main(argv=None):
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
     args.out.mkdir(parents=True, exist_ok=True)
     held = parallel.lock(args.out) if rank == 0 else None
-    course = settings(args, args.steps or math.ceil(len(dataset) / args.batch), len(dataset))
+    course = settings(args, dataset)
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
     if args.recompute:
         recompute(model)
