@@ -1,6 +1,6 @@
 """The losses of a training as a picture, by Pillow alone: a dot for each step, and a line through their moving mean.
 
-    python curve.py out/toy/stage2          reads log.csv there and draws loss.png beside it, as train.py does on its own
+    python curve.py out/toy/stage2          reads log.csv there and draws loss.png beside it, as train.py does itself
 """
 import argparse
 import csv
@@ -34,7 +34,7 @@ def ticks(low: float, high: float, most: int = 10) -> list[float]:
 
 
 def plot(rows: list[tuple[int, float]], title: str) -> Image.Image:
-    """rows: (step, loss), at least one; what isn't finite is left out. What rises above the line's top is drawn there."""
+    """rows: (step, loss), at least one. What isn't finite is left out; what is above the line's top is drawn there."""
     steps, losses = zip(*[row for row in rows if math.isfinite(row[1])] or [(rows[0][0], 0.0)])
     line = list(smooth(losses, max(1, len(steps) / 150)))
     low, high = min(losses), max(line)

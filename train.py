@@ -24,6 +24,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice, tee
 from pathlib import Path
 
@@ -164,6 +165,8 @@ def complete(args):
         raise UserError(f"--parallel none doesn't go with {processes} processes")
     if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
         raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
+    if args.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs `pip install wandb`")
     args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
@@ -457,10 +460,7 @@ class Log:
         self.csv.writerows([COLUMNS, *rows])
         self.file.flush()
         if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs `pip install wandb`") from None
+            import wandb
             self.wandb = wandb.init(project="nanoccra", dir=args.out, config={k: str(v) for k, v in vars(args).items()})
 
     def row(self, step, loss, lr, norm, tokens, samples, seconds, waited, work, device):

@@ -643,6 +643,19 @@ def test_a_grouped_run_goes_on_in_mid_epoch(model, trainable):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_resume_is_of_the_same_json(model, trainable):
+    """As many records of the same lengths, but another answer: not the run that was begun."""
+    train.main(flags(model, trainable, "a", "--data", str(trainable / "out"), "--stop-after", "1"))
+    text = (trainable / "x.json").read_text()
+    (trainable / "x.json").write_text(text.replace("yes yes", "yes no", 1))
+    make(trainable, "out2")
+    with pytest.raises(UserError, match="is of a run with sha256_of_json [0-9a-f]{64}, not [0-9a-f]{64}; remove it"):
+        train.main(flags(model, trainable, "a", "--data", str(trainable / "out2")))
+    os.rename(trainable / "out", trainable / "moved")                       # the same folder in another place is fine
+    train.main(flags(model, trainable, "a", "--data", str(trainable / "moved")))
+    assert len(log_of(trainable, "a")) == 5
+
+
 def test_processes_stay_in_step_over_damaged_pictures(model, trainable):
     """Two processes and one, a share of whose pictures went bad after prepare: one loss curve, and it is said once."""
     for i in (1, 2, 4, 5):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
@@ -50,6 +51,7 @@ def test_stage_2_leaves_the_vision_tower_alone(stage1, tmp_path):
     assert changed(parameters(stage1), parameters(tmp_path)) == {"projector", "fuser", "llm"}
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert rows[0].startswith("step,loss,lr") and [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3"]
+    assert Image.open(tmp_path / "loss.png").format == "PNG"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def seeded(towers, tmp_path_factory):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(said + toy.KINDS), model_writer=file, model_type="bpe", vocab_size=400,
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1,
-            eos_id=2, pad_id=-1, user_defined_symbols=[data.SYSTEM.replace(" ", "\u2581")], num_threads=1, minloglevel=2)
+            eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+            user_defined_symbols=[data.SYSTEM.replace(" ", "\u2581")])
     torch.manual_seed(1)
     llm = Llama(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
