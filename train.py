@@ -92,7 +92,7 @@ def arguments(argv=None):
     g.add_argument("--images", help="the folder that the pictures' paths are relative to (with --data: prepare's)")
     g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
                    "modality-length in stage 2, as LLaVA, else none)")
-    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
+    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 1, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
     g.add_argument("--llm", help="stage 1: folder of the language model")
@@ -172,7 +172,7 @@ def complete(args):
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
     args.micro = args.micro or recipe.get("micro", args.batch)
-    args.workers = (0 if args.world == "toy" else 4) if args.workers is None else args.workers
+    args.workers = (1 if args.world == "toy" else 4) if args.workers is None else args.workers
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
 
@@ -396,8 +396,10 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
                                                 lengths=dataset.lengths(picture_rows, args.max_length))
     todo = islice(order(len(dataset), steps, args.batch, args.seed, **like), start, None)
     todo, ahead = tee(shares(todo, dataset, rank, size, args.micro))
+    of_a_step = math.ceil(math.ceil(args.batch / size) / args.micro)        # micro-batches; all are wanted at once
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=(piece for _, mine, _ in ahead for piece in mine), num_workers=args.workers,
+        prefetch_factor=max(2, math.ceil(of_a_step / args.workers)) if args.workers else None,
         generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)

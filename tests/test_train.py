@@ -1,6 +1,7 @@
 """Training: accumulation changes nothing, a resume is bit for bit, and each stage touches only what it should."""
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,8 @@ def test_processes_and_accumulation_give_one_loss_curve(stage1, mixed, tmp_path)
     runs = dict(cut=(["--micro", "2"], 1), ddp=(ddp, 2), both=([*ddp, "--micro", "2"], 2),
                 fsdp=(["--micro", "2"], 2), grad=(["--shard", "grad", "--no-recompute"], 2),
                 recomputed=(["--recompute"], 1))
+    if os.environ.get("NANOCCRA_BIG"):                              # two copies, each in slices over two processes
+        runs["hsdp"] = (["--shard-size", "2", "--ask-every", "10"], 4)
     for name, (more, processes) in runs.items():
         same_curve(one, go(stage1, mixed, tmp_path / name, *more, processes=processes))
         ours, theirs = parameters(tmp_path / "one"), parameters(tmp_path / name)
