@@ -4,7 +4,7 @@
 
 Rows and weights are invented: 190 million random parameters, rows all as long as they may be. The code is train.py's
 and parallel.py's. Measured is how far the resident memory rises above what it was before the model was made, while it
-is shared out and during two steps. (The two settings make malloc give freed memory back; without, it is up to 44% more.)
+is shared out and during two steps. (The two settings make malloc give freed memory back; without, it is much more.)
 tests/test_plan.py runs this if NANOCCRA_BIG is set: it takes about 3 GB for each of two processes.
 """
 import argparse
