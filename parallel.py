@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from weights import Lock, UserError, pick_device, read_json
+from prepare import Lock
+from weights import UserError, pick_device, read_json
 
 # CCRA's maps are views; the warning is about writing into such outputs in place, which nobody does
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

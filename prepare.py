@@ -31,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ import data
 from clip import open_image, preprocess
 from data import GROUPS, IGNORE, IMAGE_TOKEN, TEMPLATES, Sample, order, split
 from llama import Tokenizer
-from weights import Lock, UserError, read_json, write_beside
+from weights import UserError, read_json, write_beside
 
 FORMAT = 1                       # of the folder; goes up when an older folder can't be read any more
 RAGGED = dict(tokens=((), np.int32), turns=((3,), np.int32), names=((), np.uint8), paths=((), np.uint8))
@@ -151,8 +152,7 @@ tokenizer_of = cache(Tokenizer.from_pretrained)       # one per process
 
 
 def follow(parent: int) -> None:
-    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes, too: nobody else would end
-    it."""
+    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes: nobody else would end it."""
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -422,6 +422,34 @@ def already(out: Path, file: Path, inputs: dict, say: Callable) -> None:
             raise UserError(f"{out}: was prepared from another {key} ({before.get(key)}, now {value}); choose another "
                             "--out, or remove that folder")
     say(f"{out} is already prepared from these very inputs; nothing to do")
+
+
+class Lock:
+    """A file or folder that is this process's alone (flock): until close(), or until the process ends, however it does.
+
+    A process that is forked gets a copy of everything that is open, and would keep a killed one's lock for as long as
+    it lives itself. So it closes its copy, first of all. BlockingIOError if somebody else has the lock.
+    """
+    held, fd = weakref.WeakSet(), None
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise
+        Lock.held.add(self)
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd = None
+
+    __del__ = close
+
+
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(Lock.held)])
 
 
 @contextmanager

@@ -9,15 +9,13 @@ it. A model with one layer left at random looks almost right, and that costs day
 Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
 and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
 
-Also here, because every file needs it: the choice of a device, and a lock on what is written.
+Also here, because every file needs it: the choice of a device.
 """
 import ctypes
-import fcntl
 import json
 import mmap
 import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -332,34 +330,6 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{path}: cannot write it ({e})") from e
     finally:
         tmp.unlink(missing_ok=True)
-
-
-class Lock:
-    """A file or folder that is this process's alone (flock): until close(), or until the process ends, however it does.
-
-    A process that is forked gets a copy of everything that is open, and would keep a killed one's lock for as long as
-    it lives itself. So it closes its copy, first of all. BlockingIOError if somebody else has the lock.
-    """
-    held = weakref.WeakSet()
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise
-        Lock.held.add(self)
-
-    def close(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-        self.fd = None
-
-    __del__ = close
-
-
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(Lock.held)])
 
 
 def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard_bytes: float = 5e9) -> None:

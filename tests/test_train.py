@@ -48,8 +48,8 @@ def test_stage_1_trains_the_projector_alone(towers, stage1):
 
 
 def test_stage_2_leaves_the_vision_tower_alone(stage1, tmp_path):
-    train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--steps", "3", "--batch", "4", "--dtype",
-                "float32"])
+    train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--steps", "3", "--batch", "4",
+                "--dtype", "float32"])
     assert changed(parameters(stage1), parameters(tmp_path)) == {"projector", "fuser", "llm"}
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert rows[0].startswith("step,loss,lr") and [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3"]
