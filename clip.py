@@ -25,7 +25,7 @@ from weights import UserError
 
 # A CPU that multiplies bfloat16 in hardware is so fast at it that the fused kernel's backward, which hardly profits,
 # takes twice as long as attention written out. Elsewhere the fused kernel wins (50 ms against 74), as on any GPU.
-WRITE_OUT = torch.bfloat16 not in SLOW
+WRITE_OUT = {torch.bfloat16} - SLOW
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -39,7 +39,7 @@ def attention(q, k, v, mask=None, causal=False):
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.dtype in SLOW and q.shape[-2] > 1 and q.device.type == "cpu" and not trains:
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)     # as in linear.py: many rows
-    write_out = WRITE_OUT and q.device.type == "cpu" and trains
+    write_out = q.dtype in WRITE_OUT and q.device.type == "cpu" and trains
     return (_written_out if write_out else _fused)(q, k, v, mask, causal)
 
 

@@ -91,7 +91,7 @@ def measure(model, args, micro) -> dict:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     before = clip.WRITE_OUT, clip.SLOW, linear.SLOW
-    clip.WRITE_OUT, clip.SLOW, linear.SLOW = False, set(), set()          # the ways that a GPU takes
+    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()          # the ways that a GPU takes
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
         mesh = parallel.layout(torch.device("cpu"), args.gpus)
