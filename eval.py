@@ -267,7 +267,7 @@ def evaluate(args, tasks: list[str]) -> None:
     if rank == 0:
         results = settings(args, model.projector[0].weight.dtype) | dict(tasks={}, seconds={})
         before = read_json(file, dict, "results.json of an evaluation") if file.exists() else results
-        for key in results.keys() - {"tasks", "seconds"}:
+        for key in [key for key in results if key not in ("model", "tasks", "seconds")]:       # a folder may move
             if before.get(key) != results[key]:
                 raise UserError(f"{file} is of an evaluation with {key} {before.get(key)}, not {results[key]}; choose "
                                 "another --out")
@@ -366,7 +366,7 @@ def arguments(argv=None):
     g.add_argument("--wrong", type=int, default=0, metavar="K", help="also print the first K wrong answers")
     submit.options(p)
     args = p.parse_args(argv)
-    if (args.batch or 1) < 1 or args.limit < 0 or args.threads < 0 or args.n is not None and args.n < 1:
+    if min(x for x in (args.batch, args.n, args.limit + 1, args.threads + 1) if x is not None) < 1:
         raise UserError("--batch and --n should be at least 1, --limit and --threads at least 0")
     return args
 
