@@ -9,9 +9,12 @@ Everything is read and every picture looked for before a model is loaded; what i
 """
 import base64
 import binascii
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from answers import (are_texts, expect, expect_rows, listed_in, mmbench_rows, mme_task, read_json, read_lines,
                      read_parquet)
@@ -245,6 +248,12 @@ def questions(task: str, data: Path, path: Path, limit: int = 0) -> list[Questio
     if limit:
         asked = first_units(asked, limit)
     gone = [q.image for q in asked if isinstance(q.image, Path) and not q.image.is_file()]
+    for q in asked:
+        if isinstance(q.image, bytes):
+            try:
+                Image.open(io.BytesIO(q.image)).close()              # its header
+            except Exception:                                        # on bad bytes Pillow raises all sorts of things
+                raise UserError(f"{path}: the picture of {q.id} can't be read") from None
     if gone:
         raise UserError(f"{gone[0]}: this picture of {task} is missing, with {len(gone) - 1} others of "
                         f"{sum(q.image is not None for q in asked)}; from {source}")

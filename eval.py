@@ -139,10 +139,9 @@ def show(result, grey=None):
 def toy_exam(args):
     model, tokenizer, device = load(args)
     items = toy.exam(args.seed, args.n or 4000)
-    batch = args.batch or 100
-    texts = sit(model, tokenizer, items, batch, device)
+    texts = sit(model, tokenizer, items, args.batch, device)
     result = score_toy(items, texts)
-    grey = score_toy(items, sit(model, tokenizer, items, batch, device, grey=True)) if args.grey else None
+    grey = score_toy(items, sit(model, tokenizer, items, args.batch, device, grey=True)) if args.grey else None
     if args.json:
         for kind in result["kinds"] if grey else ():
             result["kinds"][kind]["grey"] = grey["kinds"][kind]["accuracy"]
@@ -187,7 +186,7 @@ def recorded(file: Path, asked: list) -> dict[int, str]:
 
 
 def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, device) -> list[str]:
-    """The lines of out/TASK.jsonl, in the questions' order; all processes together write what isn't there yet.
+    """All processes together answer what isn't answered yet; the first gets the lines of out/TASK.jsonl.
 
     Process r appends to TASK.r.jsonl, a line an answer. A batch of which an answer is missing is asked again, whole, as
     its other rows may change the last digits of an answer's logits.
@@ -217,9 +216,9 @@ def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, 
                     file.flush()
             bar.update(len(those))
     parallel.wait()
-    for file in sorted(out.glob(f"{task}.[0-9]*.jsonl")):
+    for file in sorted(out.glob(f"{task}.[0-9]*.jsonl")) if rank == 0 else ():
         done |= recorded(file, asked)
-    return [done[i] for i in range(len(asked))]
+    return [done[i] for i in range(len(asked))] if rank == 0 else []
 
 
 def judge(task: str, path: Path, given: list[Answer], submission: Path | None) -> dict:
@@ -247,18 +246,18 @@ def settings(args, dtype) -> dict:
             while block := content.read(1 << 22):
                 sha.update(block)
     return dict(model=str(args.model), weights="sha256:" + sha.hexdigest(), dtype=str(dtype).removeprefix("torch."),
-                quant=args.quant, batch=args.batch or 16, limit=args.limit, decoding="greedy", seed=MMMU_SEED,
+                quant=args.quant, batch=args.batch, limit=args.limit, decoding="greedy", seed=MMMU_SEED,
                 template=f"{SYSTEM} USER: <image>\\n{{prompt}} ASSISTANT:")
 
 
 def evaluate(args, tasks: list[str]) -> None:
-    """Answer and score benchmarks: out/TASK.jsonl, and out/results.json, which is complete after every task."""
+    """Answer and score benchmarks: out/TASK.jsonl, and out/results.json, written anew after every task."""
     rank, _, device = parallel.join(args.device, args.threads)
     places = {task: args.annotations or benchmarks.annotations(task, args.data) for task in tasks}
     asked = {task: benchmarks.questions(task, args.data, places[task], args.limit) for task in tasks}
     out = args.out or Path("out/eval") / Path(args.model).resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    file, results = out / "results.json", {}
+    results, file = {}, out / "results.json"
     if rank == 0:
         held = parallel.lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
         for task in tasks:
@@ -272,12 +271,17 @@ def evaluate(args, tasks: list[str]) -> None:
                 raise UserError(f"{file} is of an evaluation with {key} {before.get(key)}, not {results[key]}; choose "
                                 "another --out")
         results = before
+        save(out, results)                    # from here on the folder's answers are this model's
     for task in tasks:
         began = time.monotonic()
-        lines = answer_all(model, tokenizer, asked[task], out, task, args.batch or 16, device)
+        lines = answer_all(model, tokenizer, asked[task], out, task, args.batch, device)
         if rank == 0:
             finish(task, places[task], lines, asked[task], out, results, args.limit, time.monotonic() - began)
     parallel.leave()
+
+
+def save(out: Path, results: dict) -> None:
+    write_beside(out / "results.json", lambda tmp: tmp.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 def finish(task, path, lines, asked, out: Path, results: dict, limit: int, seconds: float) -> None:
@@ -295,7 +299,7 @@ def finish(task, path, lines, asked, out: Path, results: dict, limit: int, secon
                   prompt=benchmarks.TEMPLATES[task], max_new_tokens=benchmarks.MAX_NEW_TOKENS[task])
     tasks, times = results["tasks"] | {task: entry}, results["seconds"] | {task: round(seconds, 1)}
     results["tasks"], results["seconds"] = ({t: x[t] for t in SCORERS if t in x} for x in (tasks, times))
-    write_beside(out / "results.json", lambda tmp: tmp.write_text(json.dumps(results, indent=1) + "\n"))
+    save(out, results)
     print(f"{task}: {tables.figure(entry)}")
 
 
@@ -303,10 +307,12 @@ def finish(task, path, lines, asked, out: Path, results: dict, limit: int, secon
 # Table 2
 
 def table2(args, task: str) -> None:
+    """Print metrics.py's table for the questions of a task; those before the last one have their right answers."""
     model, tokenizer, device = load(args)
     if task == "toy":
-        turns = [[(turn.question, turn.answer) for turn in item.turns] for item in toy.exam(args.seed, args.n or 500)]
-        images = [toy.draw(item.scene) for item in toy.exam(args.seed, args.n or 500)]
+        items = toy.exam(args.seed, args.n or 500)
+        turns = [[(turn.question, turn.answer) for turn in item.turns] for item in items]
+        images = [toy.draw(item.scene) for item in items]
     else:
         path = args.annotations or benchmarks.annotations(task, args.data)
         asked = benchmarks.questions(task, args.data, path, args.limit)
@@ -315,7 +321,7 @@ def table2(args, task: str) -> None:
     rows = [prompt(those[:-1] + [(those[-1][0], None)], tokenizer, strip=task == "toy") for those in turns]
 
     def batches():
-        for those in tqdm(split(list(range(len(rows))), args.batch or 16), desc="looking", file=sys.stderr):
+        for those in tqdm(split(list(range(len(rows))), args.batch), desc="looking", file=sys.stderr):
             b = collate([dict(ids=rows[i].ids, labels=rows[i].labels, query=query_of(rows[i].turns, model.query),
                               pixels=look(images[i], model.image)) for i in those])
             yield [b[name].to(device) for name in ("pixels", "query", "query_mask")]
@@ -368,6 +374,7 @@ def arguments(argv=None):
     args = p.parse_args(argv)
     if min(x for x in (args.batch, args.n, args.limit + 1, args.threads + 1) if x is not None) < 1:
         raise UserError("--batch and --n should be at least 1, --limit and --threads at least 0")
+    args.batch = args.batch or (100 if args.task == "toy" else 16)
     return args
 
 

@@ -248,6 +248,16 @@ def test_what_is_missing_is_said_before(task, data, tmp_path):
             read(task, tmp_path)
 
 
+def test_pictures_in_a_table_are_looked_at(data, tmp_path):
+    table = (data[0] / "mmbench/mmbench_dev_20230712.tsv").read_text()
+    whole = base64.b64encode(picture("white")).decode()
+    for bad, said in [("abc", "row 1 is not base64"), (base64.b64encode(b"no picture").decode(), "the picture of 1 "),
+                      ("", "row 1 is incomplete")]:
+        (tmp_path / "x.tsv").write_text(table.replace(whole, bad))
+        with fails("x.tsv", said):
+            benchmarks.questions("mmbench", data[0], tmp_path / "x.tsv")
+
+
 def test_rehearsal(data, tmp_path, model):
     """Annotations that can be asked but not scored."""
     rows = json.loads((data[0] / "gqa/data/testdev_balanced_questions.json").read_text())
@@ -333,7 +343,9 @@ def test_killed_and_resumed_by_others(data, model, whole, tmp_path):
         process.wait()
     torn = max(tmp_path.glob("pope.*.jsonl"))
     torn.write_bytes(torn.read_bytes() + b'{"question_id": 1, "prom')         # as a kill inside of a write leaves it
-    assert not (tmp_path / "results.json").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"] == {}          # whose answers these are
+    with fails("limit 0, not 1", "--out"):
+        evaluation.main(arguments + ["--limit", "1"])
     for process in (running := start(arguments, 3)):
         assert process.wait(120) == 0, process.stderr.read()
     content = json.loads(results(tmp_path))
