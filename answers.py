@@ -203,7 +203,7 @@ def read_parquet(path: Path, what: str, columns=("id", "question_type", "options
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: .parquet needs pyarrow (pip install pyarrow), or save the rows as .jsonl") from None
+        raise UserError(f"{path}: .parquet needs pyarrow (pip install pyarrow); scoring takes .jsonl, too") from None
     try:
         return [row for file in files for row in pyarrow.parquet.read_table(file, columns=list(columns)).to_pylist()]
     except (pyarrow.ArrowException, OSError) as e:
