@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import look
 import toy
 import viz
 from ccra import VLM
@@ -132,7 +133,7 @@ class Asker:
 
         began = time.perf_counter()
         try:
-            with viz.watch(self.model) if image else nullcontext() as seen:
+            with look.watch(self.model) if image else nullcontext() as seen:
                 for piece in self.tokenizer.stream(ids()):
                     print(piece, end="", flush=True)
                     answer += piece

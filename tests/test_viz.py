@@ -1,5 +1,6 @@
-"""viz.py: what is drawn is what was looked at; and the explorer in a real browser, where there is one (Debian: apt-get
-install chromium). NANOCCRA_SCREENSHOT=assets/explorer.png makes the browser's test write the README's picture."""
+"""look.py and viz.py: what is drawn is what was looked at; and the explorer in a real browser, where there is one
+(Debian: apt-get install chromium). NANOCCRA_SCREENSHOT=assets/explorer.png makes that test write the README's picture.
+"""
 import base64
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import look
 import sample
 import toy
 import viz
@@ -60,8 +62,8 @@ def random_sight(A=5, L=24, grid=24, size=(336, 336), words=("Where", " is", " i
     draw = lambda *shape: torch.randn(*shape, generator=g)
     maps = dict(alpha=draw(len(words)).softmax(-1), W_lp=draw(L, grid ** 2), w_l=draw(L), w_hat=draw(L).softmax(-1),
                 w_p=draw(grid ** 2), layer_map=draw(L, grid ** 2))
-    image, box = viz.visible(image, True)
-    return viz.Sight(image, box, grid, "".join(words), list(words), tokens or [" word"] * A,
+    image, box = look.visible(image, True)
+    return look.Sight(image, box, grid, "".join(words), list(words), tokens or [" word"] * A,
                      draw(2, A, grid ** 2).softmax(-1), [2, 3], maps)
 
 
@@ -95,7 +97,7 @@ def test_attention_equals_the_slow_path(towers, tokenizer):
     """Grouped heads, a cache, twelve tokens: each row against transformers; rows sum to 1; the picture's part."""
     model, question = build(towers), "Where is the cat?"
     batch = batch_of(model, tokenizer, question, scene())
-    with viz.watch(model, range(2)) as seen:
+    with look.watch(model, range(2)) as seen:
         tokens = [int(t) for t in model.generate(**batch, max_new_tokens=12)]
     expected = slow_rows(model, batch, tokens)
     assert len(tokens) == 12
@@ -105,7 +107,7 @@ def test_attention_equals_the_slow_path(towers, tokenizer):
             assert abs(got.sum().item() - 1) < 1e-5
     assert max(row.max().item() for row in seen.rows[1]) > 0.05                      # not an even map, which any is
     at = batch["ids"][0].tolist().index(-200)
-    sight = viz.look(model, tokenizer, scene(), question, layers=[1], max_new_tokens=12)
+    sight = look.ask(model, tokenizer, scene(), question, layers=[1], max_new_tokens=12)
     right = torch.stack([row[at:at + 4] for row in expected[1]])
     torch.testing.assert_close(sight.llm[0], right, atol=1e-5, rtol=0)
     torch.testing.assert_close(sight.looked(), right.mean(0), atol=1e-5, rtol=0)
@@ -118,7 +120,7 @@ def test_attention_of_int8_and_packed_models(towers, tokenizer):
     model, twin = build(towers), build(towers)
     model.llm.pack(int8=True)
     batch = batch_of(model, tokenizer, "Where is it? " * 6, scene())      # up to 16 rows int8's kernel rounds x
-    with viz.watch(model, range(2)) as seen:
+    with look.watch(model, range(2)) as seen:
         tokens = [int(t) for t in model.generate(**batch, max_new_tokens=3)]
     for block, packed in zip(twin.llm.layers, model.llm.layers):
         attn, mlp = block.self_attn, block.mlp
@@ -135,7 +137,7 @@ def test_attention_of_int8_and_packed_models(towers, tokenizer):
             torch.testing.assert_close(got, right, atol=2e-2, rtol=0)
     half, laid_out = (build(towers, dtype=torch.bfloat16) for _ in range(2))
     laid_out.llm.pack()
-    with viz.watch(half) as a, viz.watch(laid_out) as b:
+    with look.watch(half) as a, look.watch(laid_out) as b:
         for model in (half, laid_out):
             list(model.generate(**batch_of(model, tokenizer, "Is it red?", scene()) | dict(
                 pixels=preprocess(scene(), **model.image)[None].bfloat16()), max_new_tokens=1))
@@ -155,9 +157,9 @@ def test_watching_changes_no_answer_and_leaves_nothing(towers, tokenizer, pack):
         return [int(t) for t in model.generate(**batch, max_new_tokens=40, temperature=1.0,
                                                generator=torch.Generator().manual_seed(5))]
     before = draws()
-    with viz.watch(model, range(2)):
+    with look.watch(model, range(2)):
         watched = draws()
-    with pytest.raises(KeyError), viz.watch(model):
+    with pytest.raises(KeyError), look.watch(model):
         raise KeyError
     assert before == watched == draws() and len(set(before)) > 5
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -167,7 +169,7 @@ def test_watching_changes_no_answer_and_leaves_nothing(towers, tokenizer, pack):
                                      dict(norm="stack"), dict(lwca=False)])
 def test_the_layers_scores_come_apart_into_patches(towers, tokenizer, changes):
     """LWCA mapped back: the softmax of the patches' means is w_hat, in every arrangement."""
-    sight = viz.look(build(towers, **changes), tokenizer, scene(1), "Is there a cat?", max_new_tokens=2)
+    sight = look.ask(build(towers, **changes), tokenizer, scene(1), "Is there a cat?", max_new_tokens=2)
     torch.testing.assert_close(sight.maps["layer_map"].mean(-1).softmax(-1), sight.maps["w_hat"], atol=1e-5, rtol=0)
     assert sight.maps["layer_map"].shape == (3, 4) and sight.maps["w_p"].shape == (4,)
     assert abs(sight.maps["alpha"].sum().item() - 1) < 1e-5 and abs(sight.maps["w_hat"].sum().item() - 1) < 1e-5
@@ -179,7 +181,7 @@ def test_a_model_without_maps(towers, tokenizer):
     from baselines import LLaVAConfig
     model = VLM.build(CLIPVision.from_pretrained(towers / "clip"), Llama.from_pretrained(towers / "llama"),
                       LLaVAConfig(16, 3)).eval()
-    sight = viz.look(model, tokenizer, scene(), "Is there a cat?", max_new_tokens=2, name="LLaVA")
+    sight = look.ask(model, tokenizer, scene(), "Is there a cat?", max_new_tokens=2, name="LLaVA")
     assert viz.figure3(sight).width > 300 and viz.side_by_side([[sight, sight]]).width > 600
     assert '"layers": 0' in viz.explorer(sight)
     with pytest.raises(UserError, match="doesn't weigh layers"):
@@ -187,16 +189,16 @@ def test_a_model_without_maps(towers, tokenizer):
 
 
 def test_middle():
-    assert [list(viz.middle(n)) for n in (1, 2, 3, 4, 6)] == [[0], [0], [0, 1], [1], [1, 2, 3]]
-    assert [layer + 1 for layer in viz.middle(32)] == list(range(11, 22))            # n/3 = 10.7 to 2n/3 = 21.3
+    assert [list(look.middle(n)) for n in (1, 2, 3, 4, 6)] == [[0], [0], [0, 1], [1], [1, 2, 3]]
+    assert [layer + 1 for layer in look.middle(32)] == list(range(11, 22))            # n/3 = 10.7 to 2n/3 = 21.3
 
 
 def test_pieces_put_together_are_the_text(tokenizer):
     text = "Where is the caf\u00e9 \U0001f600, <b>cat</b>?\nHere"
     ids = tokenizer.encode(text)
-    found = viz.pieces(tokenizer, ids)
+    found = look.pieces(tokenizer, ids)
     assert len(found) == len(ids) and "".join(found) == tokenizer.decode(ids) == text
-    assert "\U0001f600" in found and viz.pieces(tokenizer, ids[:ids.index(ids[-1])]) and viz.pieces(tokenizer, []) == []
+    assert "\U0001f600" in found and look.pieces(tokenizer, []) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_the_map_lies_on_the_picture(size, pad):
     image.paste((255, 0, 0), (w // 2 - 40, h // 2 - 30, w // 2 + 17, h // 2 + 41))
     pixels = preprocess(image, grid * 14, pad)                                       # (3, 336, 336)
     red = (pixels[0] > pixels[2]).float().view(grid, 14, grid, 14).mean((1, 3))      # (grid, grid), share
-    sight = viz.Sight(*viz.visible(image, pad), grid, "", [], [], torch.zeros(1, 1, grid ** 2), [1], {})
+    sight = look.Sight(*look.visible(image, pad), grid, "", [], [], torch.zeros(1, 1, grid ** 2), [1], {})
     drawn = viz.overlay(sight, (red > 0.5).float().flatten(), 0, 1, sight.image.size)
     hot, true = np.asarray(drawn)[..., 0] > 150, np.asarray(sight.image)[..., 0] > 128           # (h, w) both
     patch = (max if pad else min)(size) / grid
@@ -245,7 +247,7 @@ def test_overlay_pixel_by_pixel():
     """Against the padded square drawn whole, patch by patch, and cut to the picture."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 96, 3), dtype=np.uint8))
     values = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    sight = viz.Sight(*viz.visible(image, True), 8, "", [], [], torch.zeros(1, 1, 64), [1], {})
+    sight = look.Sight(*look.visible(image, True), 8, "", [], [], torch.zeros(1, 1, 64), [1], {})
     lo, hi = values.min().item(), values.max().item()
     drawn = np.asarray(viz.overlay(sight, values, lo, hi, image.size))
     square = Image.new("RGB", (96, 96))
@@ -282,7 +284,7 @@ def test_sample_draws(tmp_path, capsys, monkeypatch):
     """stdout has the same answers with and without; without, nothing of viz.py is called."""
     ask = ["--image", str(SCENE), "--q", "What color is the square?"]
     with monkeypatch.context() as m:
-        m.setattr(viz, "watch", None)
+        m.setattr(look, "watch", None)
         sample.main(ask)
     plain = capsys.readouterr().out
     files = {name: tmp_path / name for name in ("3.png", "4.png", "6.png", "x.html")}
@@ -315,35 +317,35 @@ def test_refusals(arguments, names):
 
 def test_cover_counts_pixels():
     box, side, grid = (13.5, 20.25, 40.0, 71.5), 96, 8
-    covered, centre = viz.cover(box, grid, side)
+    covered, centre = look.cover(box, grid, side)
     at = (np.arange(96 * 8) + 0.5) / 8                                               # 8 samples a pixel and direction
     inside = ((at >= box[1]) & (at <= box[3]))[:, None] & ((at >= box[0]) & (at <= box[2]))
     assert np.abs(inside.reshape(8, 96, 8, 96).mean((1, 3)).ravel() - covered.numpy()).max() < 1e-9
     centres = [box[0] <= x <= box[2] and box[1] <= y <= box[3] for y in range(6, 96, 12) for x in range(6, 96, 12)]
     assert centre.tolist() == centres
     assert abs(covered.mean().item() - (40 - 13.5) * (71.5 - 20.25) / 96 ** 2) < 1e-9
-    assert viz.cover((-50, -50, 200, 200), 8, 96)[0].min() == 1 == viz.cover((-50, -50, 200, 200), 8, 96)[0].max()
+    assert look.cover((-50, -50, 200, 200), 8, 96)[0].min() == 1 == look.cover((-50, -50, 200, 200), 8, 96)[0].max()
 
 
 def test_pointing_tells_a_perfect_map_from_an_even_one(monkeypatch, tokenizer):
     """A model that looks at the asked thing alone gets all of the mass; one that looks evenly gets what chance has."""
     items = {}
-    for item, asked, other in viz.where_items(0, 20):
+    for item, asked, other in look.where_items(0, 20):
         assert toy.PLACES[asked[0].cell] == item.turns[-1].short and (other is None or other[0].cell != asked[0].cell)
-        items[toy.draw(item.scene).tobytes()] = viz.cover(toy.box(*asked[:4]), 8, 96)[0].float()
+        items[toy.draw(item.scene).tobytes()] = look.cover(toy.box(*asked[:4]), 8, 96)[0].float()
     assert len(items) == 20
 
-    def look(model, tokenizer, image, question, layers, max_new_tokens):
+    def ask(model, tokenizer, image, question, layers, max_new_tokens):
         best, even = items[image.tobytes()], torch.ones(64)
         best = best * (best == best.max())
-        return viz.Sight(image, (0, 0, 1, 1), 8, question, [], [""], torch.stack([best, even])[:, None], [1, 2],
-                         dict(w_p=100 * best))
-    monkeypatch.setattr(viz, "look", look)
+        return look.Sight(image, (0, 0, 1, 1), 8, question, [], [""], torch.stack([best, even])[:, None], [1, 2],
+                         dict(w_p=100 * best, W_lp=100 * torch.stack([best, best])))
+    monkeypatch.setattr(look, "ask", ask)
     model = type("Model", (), dict(llm=type("Llm", (), dict(layers=[0, 1]))))
-    scores = viz.pointing(model, tokenizer, 20, 0)
-    assert set(scores) == {"chance", "PWCA", "language model, block 1", "language model, block 2"}
-    for name in ("PWCA", "language model, block 1"):
-        assert viz.mean95(scores[name]["hit"])[0] == 1 and viz.mean95(scores[name]["mass"])[0] > 0.95
+    scores = look.pointing(model, tokenizer, 20, 0)
+    assert len(scores) == 5
+    for name in ("PWCA", "LPWCA, mean of the layers", "language model, block 1"):
+        assert look.mean95(scores[name]["hit"])[0] == 1 and look.mean95(scores[name]["mass"])[0] > 0.95
     for part in ("hit", "mass"):
         assert scores["language model, block 2"][part] == pytest.approx(scores["chance"][part])
     areas = [covered.mean().item() for covered in items.values()]
@@ -352,19 +354,19 @@ def test_pointing_tells_a_perfect_map_from_an_even_one(monkeypatch, tokenizer):
 
 def test_intervals_and_depth():
     values = [0.0, 1.0, 1.0, 0.0, 1.0]
-    mean, half = viz.mean95(values)
+    mean, half = look.mean95(values)
     assert mean == pytest.approx(0.6) and half == pytest.approx(1.96 * np.std(values, ddof=1) / 5 ** 0.5)
-    assert viz.depth(torch.tensor([0.0, 0.0, 1.0])) == 3 and viz.depth(torch.full((8,), 1 / 8)) == pytest.approx(4.5)
+    assert look.depth(torch.tensor([0.0, 0.0, 1.0])) == 3 and look.depth(torch.full((8,), 1 / 8)) == pytest.approx(4.5)
 
 
 def test_the_commands_print_tables(capsys):
-    viz.main(["--pointing", "--n", "3"])
-    viz.main(["--depth", "--n", "2"])
+    look.main(["--pointing", "--n", "3"])
+    look.main(["--depth", "--n", "2"])
     out = capsys.readouterr().out
     assert "chance" in out and "PWCA" in out and "language model, block 1" in out and out.count("+-") > 12
     assert "count, left-of deeper than colour, word by" in out
     with pytest.raises(UserError, match="--n 1"):
-        viz.main(["--depth", "--n", "1"])
+        look.main(["--depth", "--n", "1"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +408,7 @@ class Browser:
         self.process = subprocess.Popen([*shell, program, *flags, "about:blank"], pass_fds=(theirs, out),
                                         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         os.close(theirs), os.close(out)
-        self.input, self.last, self.session, self.events = os.fdopen(self.read_from, "rb"), 0, {}, []
+        self.heard, self.last, self.session, self.events = b"", 0, {}, []
         page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attached = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self.session = dict(sessionId=attached["sessionId"])
@@ -418,12 +420,12 @@ class Browser:
         asked = json.dumps(dict(id=self.last, method=method, params=params, **self.session))
         os.write(self.send_to, asked.encode() + b"\0")
         while True:
-            message = b""
-            while not message.endswith(b"\0"):
-                if not (byte := self.input.read(1)):
+            while b"\0" not in self.heard:
+                if not (more := os.read(self.read_from, 2 ** 20)):
                     raise EOFError(f"the browser ended during {method}")
-                message += byte
-            message = json.loads(message[:-1])
+                self.heard += more
+            message, self.heard = self.heard.split(b"\0", 1)
+            message = json.loads(message)
             if message.get("id") == self.last:
                 assert "error" not in message, message
                 return message["result"]
@@ -470,9 +472,9 @@ def test_the_explorer_in_a_browser(browser, tmp_path, tokenizer):
     """The embedded model's page: slider, curve, tokens, patches, keys do what they say; light and dark; no errors."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     question = "What color is the square? Answer in a sentence."
-    sight = viz.look(model, tokenizer, Image.open(SCENE).convert("RGB"), question)
+    sight = look.ask(model, tokenizer, Image.open(SCENE).convert("RGB"), question)
     (tmp_path / "x.html").write_text(viz.explorer(sight), encoding="utf-8")
-    browser("Emulation.setDeviceMetricsOverride", width=1120, height=860, deviceScaleFactor=1, mobile=False)
+    browser("Emulation.setDeviceMetricsOverride", width=1120, height=810, deviceScaleFactor=1, mobile=False)
     browser.open(tmp_path / "x.html")
     L, text = len(sight.maps["w_hat"]), "document.getElementById('{}').textContent".format
 
@@ -515,6 +517,7 @@ def test_the_explorer_in_a_browser(browser, tmp_path, tokenizer):
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
     assert browser.run(text("layer")) == f"1 of {L}"
+    chosen = "document.querySelector('[name=kind]:checked').value"
     browser.run("document.querySelector('[value=w_p]').click()")
     pictures.add(browser.run(MAP))
     assert browser.run("document.querySelectorAll('#tokens button').length") == len(sight.tokens) + 1
@@ -522,7 +525,10 @@ def test_the_explorer_in_a_browser(browser, tmp_path, tokenizer):
         browser.run(f"document.querySelectorAll('#tokens button')[{token + 1}].click()")
         assert numbers() == shown(sight.grid * (sight.grid - 1), 1, token)
         pictures.add(browser.run(MAP))
-    assert len(pictures) >= 6
+    assert len(pictures) >= 6 and browser.run(chosen) == "llm"
+    browser.run("document.getElementById('slider').focus()")                         # layers are LPWCA's and LWCA's
+    browser.key("ArrowRight", 39)
+    assert browser.run(chosen) == "W_lp"
     assert browser.run("document.querySelectorAll('#words span').length") == len(sight.words)
     grounds = []
     for scheme in ("light", "dark"):
@@ -536,7 +542,7 @@ def test_the_explorer_in_a_browser(browser, tmp_path, tokenizer):
     file = os.environ.get("NANOCCRA_SCREENSHOT", tmp_path / "explorer.png")
     with open(file, "wb") as f:
         f.write(base64.b64decode(browser("Page.captureScreenshot", format="png")["data"]))
-    assert Image.open(file).size == (1120, 860) and os.path.getsize(file) < 300_000
+    assert Image.open(file).size == (1120, 810) and os.path.getsize(file) < 300_000
 
 
 def test_text_cannot_become_markup(browser, tmp_path):
