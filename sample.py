@@ -73,7 +73,7 @@ def arguments(argv=None):
 def check_drawing(args):
     """What --heatmap and --html can't draw is said before a model is loaded. layers: text -> numbers."""
     if not (args.heatmap or args.html):
-        if args.beside or args.layers:
+        if args.beside or args.layers is not None:
             raise UserError("--beside and --layers are for --heatmap FILE.png")
     elif args.chat:
         raise UserError("--heatmap and --html draw single questions, not a --chat")
@@ -84,7 +84,7 @@ def check_drawing(args):
         if file and (Path(file).suffix != end or not Path(file).parent.is_dir()):
             raise UserError(f"--{name} {file}: should be a file {end} in a folder that exists")
     try:
-        args.layers = args.layers and [int(layer) for layer in args.layers.split(",")]
+        args.layers = None if args.layers is None else [int(layer) for layer in args.layers.split(",")]
     except ValueError:
         raise UserError(f"--layers {args.layers}: should be numbers with commas, as 4,6,8") from None
     return args
