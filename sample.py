@@ -210,6 +210,7 @@ def main(argv=None):
         for question in args.q:
             asker.ask(pixels, [(question, None)], started, image if args.heatmap or args.html else None)
         sights.append(asker.sights)
+        del asker                                           # one model in memory at a time
     if args.heatmap or args.html:
         draw(args, sights)
 
