@@ -131,7 +131,7 @@ def fake(model):
 def whole_step(model, pixels, ids):
     """VLM.forward for rows of one length, whose shapes don't depend on numbers: a fake tensor has none."""
     asked = torch.ones_like(ids[:, :64], dtype=torch.bool)
-    hidden = model.vision(pixels, model.fuser.n_blocks)
+    hidden = model.vision(pixels)                   # all blocks, even if not all are read: the tracker waits for them
     features, _ = model.fuse(hidden, model.llm.embed(ids[:, :64]), asked)
     embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)            # (B, T', D)
     states = model.llm.hidden(embeds=embeds).flatten(0, 1)

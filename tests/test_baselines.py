@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import plan
 import toy
 import train
 from baselines import (IGVA, MLVF, MLVF_LAYERS, Deformable, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA,
@@ -181,13 +182,29 @@ def test_mmfuser_starts_as_llava_and_reads_its_layers():
     assert read == [3, 8, 13, 18, 23]
 
 
+def test_mmfuser_by_hand():
+    torch.manual_seed(0)
+    hidden, model = torch.randn(24, 1, 10, 32).double(), MMFuser(MMFuserConfig(32)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+        def norm(x, layer):
+            x = x - x.mean(-1, keepdim=True)
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+        X, others = hidden[23][:, 1:], torch.stack([hidden[l][:, 1:] for l in (3, 8, 13, 18)], 1)
+        A = deformable_by_hand(model.cross, norm(X, model.query_norm), norm(others, model.level_norm))
+        S = deformable_by_hand(model.within, norm(A, model.within_norm), norm(A, model.within_norm)[:, None])
+        expected = X + model.gamma1 * (A + model.gamma2 * S)
+        assert torch.allclose(model(hidden, None, None)[0], expected, rtol=1e-9, atol=1e-11)
+
+
 def test_mmfuser_is_not_computed_in_bfloat16():
     model, hidden = MMFuser(MMFuserConfig(32)), torch.randn(24, 1, 17, 32)
     with torch.no_grad():
         model.gamma1.fill_(0.5), model.gamma2.fill_(0.5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model(hidden, None, None)[0], model.float()(hidden, None, None)[0])
         exact, _ = model(hidden, None, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(hidden, None, None)[0], exact)
         half, _ = model.bfloat16()(hidden.bfloat16(), None, None)
     assert half.dtype == torch.bfloat16 and (half - exact).norm() < 0.02 * exact.norm()
 
@@ -363,7 +380,7 @@ def test_both_stages_and_an_answer(stage_1, tmp_path, name):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in trained.values())      # no grad, and DDP would wait
     ids = torch.tensor([[1, IMAGE_TOKEN, 7, 8]])
     said = list(models[1].generate(torch.randn(1, 3, 32, 32), ids, ids[:, 2:], ids[:, 2:] > 0, max_new_tokens=3))
-    assert len(said) == 3
+    assert len(said) == 3 and plan.whole_step(models[1], torch.randn(1, 3, 32, 32), ids[:, 2:]).isfinite()
 
 
 def test_stage_1_trains_what_does_not_ask(stage_1, tmp_path):
