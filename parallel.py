@@ -257,14 +257,14 @@ def wait():
 # ---------------------------------------------------------------------------------------------------------------------
 # Living with others
 
-def lock(folder: Path):
-    """Make this the only trainer that writes to a folder, for as long as the returned file is open (flock: it goes with
+def lock(folder: Path, what="training"):
+    """Make this the only program that writes to a folder, for as long as the returned file is open (flock: it goes with
     the process, even with a killed one). UserError if there is another."""
     file = open(folder / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{folder}: another training writes there; wait for it, stop it, or choose another --out") \
+        raise UserError(f"{folder}: another {what} writes there; wait for it, stop it, or choose another --out") \
             from None
     return file
 
