@@ -193,8 +193,7 @@ def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, 
     """
     rank, size = parallel.where()
     rows = [prompt([(q.text, None)], tokenizer, image=q.image is not None, strip=False) for q in asked]
-    patches = model.vision.grid ** 2
-    length = [len(row.ids) + patches * (q.image is not None) for row, q in zip(rows, asked)]
+    length = [len(row.ids) + model.picture_rows * (q.image is not None) for row, q in zip(rows, asked)]
     batches = split(sorted(range(len(asked)), key=lambda i: -length[i]), batch)      # the longest first: it may not fit
     done = {}
     for file in sorted(out.glob(f"{task}.*jsonl")):                  # of any number of processes, and TASK.jsonl

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy
-from ccra import CCRA, VLM, project, smooth
+from ccra import CCRA, USED, VLM, project, smooth
 from clip import preprocess
 from data import collate, prompt, query_of
 from llama import IMAGE_TOKEN, Tokenizer
@@ -125,8 +125,10 @@ def layer_map(fuser: CCRA, F_stack: Tensor, F_t: Tensor, maps: dict) -> Tensor:
 
     A layer's score is linear in its patches, so it is the mean of theirs; the softmax of these means is w_hat.
     """
-    norm, F = fuser.config.norm, F_stack                                             # (B, L, N, d)
-    if fuser.config.order != "decoupled":
+    norm, F, parts = fuser.config.norm, F_stack, USED[fuser.config.order]            # (B, L, N, d)
+    if "lwca" not in parts:
+        return torch.zeros_like(maps["W_lp"])
+    if "lpwca" in parts:
         F = fuser.lpwca.norm(F, 1 + maps["W_lp"], norm)
     if fuser.config.order == "shuffled":
         F = fuser.pwca.norm(F, 1 + maps["w_p"], norm)

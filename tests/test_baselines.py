@@ -1,4 +1,4 @@
-"""The fusers in CCRA's place: which layers they read, what is peculiar to each, and that all of them train and answer."""
+"""The fusers in CCRA's place: which layers they read, what is peculiar to each, that all of them train and answer."""
 import math
 
 import pytest

@@ -179,7 +179,8 @@ def test_watching_changes_no_answer_and_leaves_nothing(towers, tokenizer, pack):
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(order="shuffled"), dict(order="decoupled"), dict(smooth=False),
-                                     dict(norm="stack"), dict(lwca=False)])
+                                     dict(norm="stack"), dict(lwca=False), dict(order="lwca_only"),
+                                     dict(order="pwca_only")])
 def test_the_layers_scores_come_apart_into_patches(towers, tokenizer, changes):
     """LWCA mapped back: the softmax of the patches' means is w_hat, in every arrangement."""
     sight = look.ask(build(towers, **changes), tokenizer, scene(1), "Is there a cat?", max_new_tokens=2)
