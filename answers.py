@@ -130,14 +130,21 @@ def join(answers: list[Answer], known, key=lambda answer: answer.id, strangers: 
     return joined
 
 
-def absent(questions, answered, consequence: str | None) -> None:
-    """Complain of questions without an answer. consequence: what the official scorer does then; None if it stops."""
-    if gone := [which for which in questions if which not in answered]:
+def absent(questions, answered, consequence: str | None, limited: bool = False) -> list:
+    """Complain of questions without an answer. consequence: what the official scorer does then; None if it stops.
+
+    Returns the questions to go on with. limited: only a part was asked, so those with an answer, without complaint.
+    """
+    gone = [which for which in questions if which not in answered]
+    if limited:
+        return [which for which in questions if which in answered]
+    if gone:
         first = " ".join(gone[0]) if isinstance(gone[0], tuple) else gone[0]
         some = f"{len(gone)} of {len(questions)} questions have no answer"
         if consequence is None:
             raise UserError(f"{some} (first: {first}); this task's score is that of all of them: answer the rest")
         warn(f"{some}: {consequence} (first: {first})")
+    return list(questions)
 
 
 # What pandas, which reads the table for the official tools, takes for an empty cell: an option "None" is none.
@@ -145,15 +152,15 @@ EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "
          "NULL", "NaN", "None", "n/a", "nan", "null"}
 
 
-def mmbench_rows(path: Path) -> list[dict]:
-    """The table without its pictures; index as a string, empty cells None."""
+def mmbench_rows(path: Path, pictures: bool = False) -> list[dict]:
+    """The table, mostly without its pictures (base64); index as a string, empty cells None."""
     what = "MMBench's table (mmbench_dev_20230712.tsv)"
     csv.field_size_limit(2 ** 31 - 1)                      # a picture is one field
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             expect({"index", "question", "A", "B", "C", "D"} <= set(reader.fieldnames or ()), path, what)
-            rows = [{key: None if value in EMPTY else value for key, value in row.items() if key != "image"}
+            rows = [{key: None if value in EMPTY else value for key, value in row.items() if pictures or key != "image"}
                     for row in reader]
     except OSError as e:
         raise UserError(f"{path}: cannot read it ({e.strerror}); --annotations should lead to {what}") from None
@@ -190,16 +197,15 @@ def listed_in(value):
     return value
 
 
-def read_parquet(path: Path, what: str) -> list[dict]:
+def read_parquet(path: Path, what: str, columns=("id", "question_type", "options", "answer")) -> list[dict]:
     files = sorted(path.rglob("validation*.parquet")) if path.is_dir() else [path]
     expect(files and all(file.is_file() and file.suffix == ".parquet" for file in files), path, what)
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: .parquet needs pyarrow (pip install pyarrow), or save the rows as .jsonl") from None
+        raise UserError(f"{path}: .parquet needs pyarrow (pip install pyarrow); scoring takes .jsonl, too") from None
     try:
-        columns = ["id", "question_type", "options", "answer"]
-        return [row for file in files for row in pyarrow.parquet.read_table(file, columns=columns).to_pylist()]
+        return [row for file in files for row in pyarrow.parquet.read_table(file, columns=list(columns)).to_pylist()]
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not {what} ({str(e).splitlines()[0]})") from None
 

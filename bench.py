@@ -302,7 +302,7 @@ def cost(args) -> None:
                          for row, item in zip(rows, items)])
         batch.pop("labels")
         with torch.no_grad():
-            real = batch["mask"].sum(1) + (batch["ids"] == PICTURE).sum(1) * (model.vision.grid ** 2 - 1)
+            real = batch["mask"].sum(1) + (batch["ids"] == PICTURE).sum(1) * (model.picture_rows - 1)
             logits = model(**batch)[torch.arange(len(rows)), real - 1]               # (100, V), of the answers' starts
         texts = sit(model, tokenizer, items, 100, torch.device("cpu"))
         size = sum(t.nbytes for t in chain(model.llm.parameters(), model.llm.buffers()))

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from baselines import LLaVA, LLaVAConfig
+from baselines import (DENSE, IGVA, MLVF, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA, LLaVAConfig,
+                       MLVFConfig, MMFuser, MMFuserConfig)
 from clip import FIXED, CLIPVision, CLIPVisionConfig, attention
 from formats import Folder, llava_hf_name
 from linear import Linear
@@ -39,6 +40,9 @@ LOSS_ROWS = 4096       # supervised positions whose logits exist at once
 
 PARTS = ("lpwca", "lwca", "pwca")
 ORDERS = ("progressive", "shuffled", "decoupled")
+ALONE = ("lwca_only", "pwca_only")
+USED = {"progressive": PARTS, "shuffled": PARTS, "decoupled": ("lwca", "pwca"), "lwca_only": ("lwca",),
+        "pwca_only": ("pwca",)}          # the parts of each arrangement
 NORMS = ("joint", "stack", "token")
 MODES = ("on", "neutral", "off")
 QUERIES = ("all", "sofar", "first")
@@ -59,7 +63,7 @@ class CCRAConfig:
     lwca: bool = True                  # ... w_hat uniform ...
     pwca: bool = True                  # ... w_p = 0 ...
     smooth: bool = True                # ... scores over layers as they are
-    order: str = "progressive"         # Figure 5: (c) progressive, (b) shuffled, (a) decoupled
+    order: str = "progressive"         # Figure 5: (c) progressive, (b) shuffled, (a) decoupled; or a half of (a) alone
 
     def __post_init__(self):
         def require(name, good, what):
@@ -72,7 +76,7 @@ class CCRAConfig:
         require("sigma", lambda x: type(x) in (int, float) and 0 < x < math.inf, "a positive number")
         require("anchor_layer", lambda x: type(x) is int and -self.n_layers <= x < 0, f"-1 (last) to -{self.n_layers}")
         require("norm", lambda x: x in NORMS, "one of " + ", ".join(NORMS))
-        require("order", lambda x: x in ORDERS, "one of " + ", ".join(ORDERS))
+        require("order", lambda x: x in ORDERS + ALONE, "one of " + ", ".join(ORDERS + ALONE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ class CCRA(nn.Module):
     It rests on one fact: an attention whose `key` is zero is neutral. W = 0 leaves features as they are, w_l = 0 makes
     w_hat uniform. So an ablated part has key 0, and a row without any question has alpha = 0, hence three keys of 0.
     """
-    name = "ccra"          # in a VLM's config.json
+    name, asks = "ccra", True          # in a VLM's config.json; see baselines.py
 
     def __init__(self, config: CCRAConfig):
         super().__init__()
@@ -211,14 +215,14 @@ class CCRA(nn.Module):
 
     def freeze_unused(self) -> None:
         """requires_grad_(False) for what this configuration never uses: DDP would wait for its gradient."""
-        decoupled = self.config.order == "decoupled"           # Figure 5a has no LPWCA, so not even its norm
-        used = [part for part in PARTS if getattr(self.config, part) and not (decoupled and part == "lpwca")]
-        for part in set(PARTS) - set(used):                    # no scores, but its norm stays
+        used = USED[self.config.order]                         # Figure 5a has no LPWCA, for instance
+        asked = [part for part in used if getattr(self.config, part)]
+        for part in set(PARTS) - set(used):
+            getattr(self, part).requires_grad_(False)
+        for part in set(used) - set(asked):                    # no scores, but its norm stays
             getattr(self, part).q.requires_grad_(False)
             getattr(self, part).k.requires_grad_(False)
-        if decoupled:
-            self.lpwca.norm.requires_grad_(False)
-        if not used:
+        if not asked:
             self.scorer.requires_grad_(False)
 
     def forward(self, F_stack: Tensor, F_t: Tensor, mask: Tensor, mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,6 +231,7 @@ class CCRA(nn.Module):
         mode "on"; "neutral": as if nothing were asked; "off": the left half of F_fused is F_v^L, too (stage 1, which
         section 4.1 trains without CCRA). Returns F_fused (B, N, 2d) in F_stack's dtype, and maps, at least float32:
         alpha (B, T), W_lp (B, L, N), w_l (B, L) raw, w_hat (B, L) sums to 1, w_p (B, N), but (B, L, N) when shuffled.
+        Maps of parts that `order` hasn't are neutral.
         """
         cfg = self.config
         if mode not in MODES:
@@ -243,7 +248,10 @@ class CCRA(nn.Module):
             text = (alpha[:, None] @ F_t)[:, 0]                                          # (B, D)
             left, maps = getattr(self, cfg.order)(layers, anchor, text)                  # (B, N, d), eq. 3-13
             F_fused = torch.cat([anchor if mode == "off" else left, anchor], dim=-1)     # (B, N, 2d), eq. 14
-        return F_fused.to(F_stack.dtype), {"alpha": alpha, **maps}
+        B, L, N, _ = F_stack.shape
+        neutral = {"W_lp": text.new_zeros(B, L, N), "w_l": text.new_zeros(B, L), "w_hat": text.new_full((B, L), 1 / L),
+                   "w_p": text.new_zeros(B, N)}
+        return F_fused.to(F_stack.dtype), {"alpha": alpha, **neutral, **maps}
 
     def key(self, part: str, text: Tensor) -> Tensor:
         """W_K^T Q(text) / sqrt(h), (B, d): its product with a feature is that feature's score (eq. 3-4, 7-8, 11-12).
@@ -302,26 +310,43 @@ class CCRA(nn.Module):
 
     def decoupled(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Figure 5a: LWCA over the layers and PWCA on F_v^L side by side, averaged; no LPWCA."""
+        (S, over_layers), (R, over_places) = (half(layers, anchor, text) for half in (self.lwca_only, self.pwca_only))
+        return (S + R) / 2, {**over_layers, **over_places}
+
+    # Its halves alone are the nearest to "LWCA" and "PWCA" before CCRA that equations can be given for: attention to
+    # whole layers, or to places in the last one, each with a Q, a K and a scorer of its own, into the same projector.
+
+    def lwca_only(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 6-10 on F_stack as the tower gives it."""
         w_l, w_hat = self.layer_weights(torch.stack([x.mean(1) for x in layers], 1), text)   # (B, L) both
+        even = w_hat[..., None].expand(-1, -1, anchor.shape[1])                          # (B, L, N)
+        return self.semantic(mix(layers, even)), {"w_l": w_l, "w_hat": w_hat}            # (B, N, d)
+
+    def pwca_only(self, layers: list[Tensor], anchor: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 11-13 on F_v^L."""
         w_p = project(anchor, self.key("pwca", text))                                    # (B, N)
-        even = w_hat[..., None].expand(-1, -1, w_p.shape[1])                             # (B, L, N)
-        S = self.semantic(mix(layers, even))                                             # (B, N, d)
-        R = self.pwca.norm(anchor, 1 + w_p, self.config.norm)                            # (B, N, d)
-        return (S + R) / 2, {"W_lp": torch.zeros_like(even), "w_l": w_l, "w_hat": w_hat, "w_p": w_p}
+        return self.pwca.norm(anchor, 1 + w_p, self.config.norm), {"w_p": w_p}           # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The vision-language model
 
-FUSERS = {fuser.name: (fuser, config) for fuser, config in ((CCRA, CCRAConfig), (LLaVA, LLaVAConfig))}
+FUSERS = {fuser.name: (fuser, config) for fuser, config in (
+    (CCRA, CCRAConfig), (LLaVA, LLaVAConfig), (DenseConnector, DenseConnectorConfig), (MMFuser, MMFuserConfig),
+    (IGVA, IGVAConfig), (MLVF, MLVFConfig))}
+
+# What a user can ask for by one word: a configuration, and where it departs from its defaults
+NAMED = {"ccra": (CCRAConfig, dict(order="progressive")), "llava": (LLaVAConfig, dict(copies=1)),
+         "wide": (LLaVAConfig, dict(copies=2)), **{kind: (DenseConnectorConfig, dict(kind=kind)) for kind in DENSE},
+         "mmfuser": (MMFuserConfig, {}), "igva": (IGVAConfig, {}), "mlvf": (MLVFConfig, {}),
+         "pwca": (CCRAConfig, dict(order="pwca_only")), "lwca": (CCRAConfig, dict(order="lwca_only"))}
 
 
 class VLM(nn.Module):
     """Algorithm 1: vision tower -> fuser -> projector -> language model. Tensors only; prompts and text are elsewhere.
 
-    fuser: CCRA, or one of baselines.py, with which this is plain LLaVA-1.5, for instance: anything with .width, .name,
-    .config (a dataclass), .n_blocks and forward(hidden (L+1, B, 1+N, d), F_t (B, T, D), mask (B, T)) -> features
-    (B, N', width), maps. `image`, `query`: how this model wants its inputs.
+    fuser: CCRA, or one of baselines.py, with which this is plain LLaVA-1.5, for instance: what that file says a fuser
+    is. `image`, `query`: how this model wants its inputs.
     """
 
     def __init__(self, vision: CLIPVision, llm: Llama, fuser: nn.Module, projector: nn.Module, pad=True, query="all"):
@@ -331,10 +356,10 @@ class VLM(nn.Module):
         self.query = query             # which of the user's turns are F_t
 
     @classmethod
-    def build(cls, vision: CLIPVision, llm: Llama, config: CCRAConfig | LLaVAConfig, pad=True, query="all") -> "VLM":
+    def build(cls, vision: CLIPVision, llm: Llama, config, pad=True, query="all") -> "VLM":
         """A new model from two towers; fuser and projector start at torch's defaults. UserError if sizes don't fit.
 
-        config: of the fuser, and so its choice.
+        config: of the fuser (one of FUSERS), and so its choice.
         """
         D, tower = llm.config.hidden_size, vision.config
         fuser = next(fuser for fuser, kind in FUSERS.values() if type(config) is kind)
@@ -358,12 +383,20 @@ class VLM(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             hidden = self.vision(pixels, self.fuser.n_blocks)                            # (L+1, B, 1+N, d)
         F_t = self.llm.embed(query.masked_fill(~query_mask, 0))                          # (B, Q, D)
-        if isinstance(self.fuser, CCRA):
-            F_stack = hidden[1:, :, 1:].transpose(0, 1)                                  # (B, L, N, d), not a copy
-            features, maps = self.fuser(F_stack, F_t, query_mask, mode)                  # (B, N, 2d)
-        else:
-            features, maps = self.fuser(hidden, F_t, query_mask)                         # (B, N', width)
+        features, maps = self.fuse(hidden, F_t, query_mask, mode)                        # (B, N', width)
         return self.projector(features), maps
+
+    def fuse(self, hidden, F_t, mask, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+        """What the fuser makes of the tower's states (L+1, B, 1+N, d) and the words (B, T, D)."""
+        if isinstance(self.fuser, CCRA):
+            hidden = hidden[1:, :, 1:].transpose(0, 1)                                   # F_stack (B, L, N, d), no copy
+        return self.fuser(hidden, F_t, mask, mode)
+
+    @property
+    def picture_rows(self) -> int:
+        """N', the places that a picture takes in the language model's row."""
+        N = self.vision.grid ** 2
+        return self.fuser.rows(N) if hasattr(self.fuser, "rows") else N
 
     def merge(self, visual, ids, mask=None, labels=None, left=False, max_length=None):
         """The sequence that the language model reads: ids embedded, IMAGE_TOKEN replaced by the picture's N' rows.
@@ -475,7 +508,7 @@ class VLM(nn.Module):
         the vocabulary, and the hub's models pad it to a multiple of 64. The new rows are the mean of the others (on the
         hub they scatter about it, closely): the logit of a mean row is the mean logit, so it is never the highest.
         """
-        if not isinstance(self.fuser, LLaVA):
+        if not isinstance(self.fuser, LLaVA) or self.fuser.config.copies > 1:
             raise UserError(f"only plain LLaVA can be written as a llava-hf folder, not the fuser {self.fuser.name!r}")
         V = self.llm.config.vocab_size
         extra = -(-(V + 2) // 64) * 64 - V
@@ -532,11 +565,11 @@ class VLM(nn.Module):
         return folder.fill(model, dtype=dtype, device=device)
 
 
-def read_fuser(folder: Folder) -> CCRAConfig | LLaVAConfig:
+def read_fuser(folder: Folder):
     """The fuser's configuration, which says what fuser it is, in one of our own folders."""
     fields = dict(folder.part("fuser"))
     if (name := fields.pop("name", None)) not in FUSERS:
-        raise UserError(f"{folder.where}: has a fuser {name!r}, which is unknown (choose {' or '.join(FUSERS)})")
+        raise UserError(f"{folder.where}: has a fuser {name!r}, which is unknown (choose one of {', '.join(FUSERS)})")
     config = FUSERS[name][1]
     if unknown := fields.keys() - config.__dataclass_fields__.keys():
         raise UserError(f"{folder.where}: gives the fuser {min(unknown)!r}, which is unknown")

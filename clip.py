@@ -17,7 +17,7 @@ from PIL import Image
 
 import weights
 from formats import Folder, tower_name
-from linear import HALF, SLOW_HALF, Linear
+from linear import SLOW, Linear
 from weights import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ from weights import UserError
 
 # A CPU that multiplies bfloat16 in hardware is so fast at it that the fused kernel's backward, which hardly profits,
 # takes twice as long as attention written out. Elsewhere the fused kernel wins (50 ms against 74), as on any GPU.
-WRITE_OUT = not SLOW_HALF
+WRITE_OUT = {torch.bfloat16} - SLOW
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -37,9 +37,9 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if SLOW_HALF and q.dtype in HALF and q.shape[-2] > 1 and q.device.type == "cpu" and not trains:
+    if q.dtype in SLOW and q.shape[-2] > 1 and q.device.type == "cpu" and not trains:
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)     # as in linear.py: many rows
-    write_out = WRITE_OUT and q.device.type == "cpu" and trains
+    write_out = q.dtype in WRITE_OUT and q.device.type == "cpu" and trains
     return (_written_out if write_out else _fused)(q, k, v, mask, causal)
 
 

@@ -163,12 +163,13 @@ def write(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: T
     return plain(*turns[0], tokenizer) if template == "plain" else v1(turns, picture, tokenizer)
 
 
-def prompt(turns: list[tuple[str, str | None]], tokenizer: Tokenizer, image: bool = True) -> Sample:
+def prompt(turns: list[tuple[str, str | None]], tokenizer: Tokenizer, image: bool = True, strip: bool = True) -> Sample:
     """[(question, answer), ..., (question, None)] as a v1 row that ends with " ASSISTANT:", for the model to go on.
 
     With `image` the picture stands before the first question. The code that writes training samples writes this, too:
     the row is the beginning of the training sample with the same turns. Questions are text whatever is typed:
     "<image>" in them is no picture, "</s>" ends nothing. No labels (all IGNORE). An empty question is a UserError.
+    strip: blanks around the first question go, as they do in training; LLaVA's evaluation keeps them.
     """
     if not turns or [answer is None for _, answer in turns] != [False] * (len(turns) - 1) + [True]:
         raise ValueError("turns should be answered questions, then one question with None for an answer")
@@ -177,7 +178,7 @@ def prompt(turns: list[tuple[str, str | None]], tokenizer: Tokenizer, image: boo
             raise UserError("the question is empty: ask something")
         if not encodable(question):
             raise UserError(f"the question {question!r} isn't valid Unicode")
-    sample = v1(turns, 0 if image else None, tokenizer)
+    sample = v1(turns, 0 if image else None, tokenizer, strip)
     sample.labels = [IGNORE] * len(sample.ids)
     return sample
 
@@ -195,7 +196,7 @@ def plain(question: str, caption: str, tokenizer: Tokenizer) -> Sample:
     return sample
 
 
-def v1(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Tokenizer) -> Sample:
+def v1(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Tokenizer, strip: bool = True) -> Sample:
     """Vicuna's template, tokenised and masked as by LLaVA-1.5 (the repository's last state: tokenizers >= 0.14).
 
     Tokens may begin with a space but have none further in, so a text cut before its spaces has the tokens of the whole,
@@ -213,7 +214,7 @@ def v1(turns: list[tuple[str, str | None]], picture: int | None, tokenizer: Toke
         if i > 0:
             sample.write(text("USER:"))                             # right after </s>, without a space
         if i == picture:                                            # wherever its slot was, it comes first now
-            question = question.strip()
+            question = question.strip() if strip else question
             sample.write(text(" ") + [IMAGE_TOKEN] + (text("\n", continues=False) if question else []))
             sample.ask(text(question))
             sample.write(text(" ASSISTANT:", continues=question != ""))

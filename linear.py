@@ -1,11 +1,12 @@
 """Linear layers at inference on a CPU, where PyTorch's own kernels leave much of the machine unused.
 
 A model spends its time in y = x W^T. With one row of x (a new token) W is read once from memory and hardly used; with
-many rows (a prompt, a picture) every number of W is used again and again. On a CPU that can't multiply bfloat16 in
-hardware (see `weights.autocast_dtype`) torch 2.13 does neither well in half precision:
+many rows (a prompt, a picture) every number of W is used again and again. In half precision torch 2.13 does neither
+well:
 
-    many rows   a half-precision product is several times slower than a float32 one. `blocks` turns some rows of W at
-                a time into float32, in one buffer that stays in the cache, and multiplies there: as exact or exacter
+    many rows   where the CPU can't multiply a dtype in hardware (`SLOW`: float16 on most, bfloat16 on many), a product
+                is several times slower than a float32 one. `blocks` turns some rows of W at a time into float32, in
+                one buffer that stays in the cache, and multiplies there: as exact or exacter
     one row     turning the numbers into float32, not reading them, is what takes the time: a core reads half of what
                 it could. `Columns` lays W out anew, for a kernel that FBGEMM compiles for this very CPU
     int8        `Int8` keeps a byte a number: half the memory, and half as much to read for every token
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from weights import UserError, autocast_dtype
 
 HALF = (torch.bfloat16, torch.float16)
-SLOW_HALF = autocast_dtype(torch.device("cpu")) == torch.float32
+FAST = {torch.bfloat16: autocast_dtype(torch.device("cpu")) == torch.bfloat16,
+        torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+SLOW = {dtype for dtype in HALF if not FAST[dtype]}       # what this CPU multiplies by way of float32 only
 BLOCK = 2 ** 21         # numbers of W turned into float32 at a time: 8 MB
 WIDTH = 64              # outputs that one pass of FBGEMM's kernel keeps in registers; 128 take half as long again
 FEW, FEW_INT8 = 3, 16   # rows up to which PyTorch's kernels, which take the rows one by one, beat `blocks`
@@ -58,11 +61,11 @@ def blocks(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear; at inference on a CPU that is slow at half precision, a half-precision weight goes by `blocks`."""
+    """nn.Linear; at inference on a CPU that is slow at its weight's half precision, that goes by `blocks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if SLOW_HALF and weight.dtype in HALF and x.numel() > FEW * x.shape[-1] and x.device.type == "cpu":
+        if weight.dtype in SLOW and x.numel() > FEW * x.shape[-1] and x.device.type == "cpu":
             if x.dtype == weight.dtype and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
                 y = blocks(x, weight)
                 return y if self.bias is None else y + self.bias
@@ -101,7 +104,7 @@ class Columns(nn.Module):
     @staticmethod
     def fit(weights: list[Tensor]) -> bool:
         """Whether these weights can be laid out so, and this machine gains from it. If not, they stay as they are."""
-        return (SLOW_HALF and "fbgemm" in torch.backends.quantized.supported_engines
+        return ("fbgemm" in torch.backends.quantized.supported_engines
                 and all(weight.dtype in HALF and len(weight) % WIDTH == 0 for weight in weights))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,9 +114,12 @@ class Columns(nn.Module):
             weights = x.reshape(1, D).expand(n, D).reshape(-1)                       # (n D), of every line
             y = torch.embedding_bag(self.flat, *self.bags, mode=0, per_sample_weights=weights)[0]
             return y.view(*x.shape[:-1], self.width)                                 # (n, 64), which are the O
-        rows = x.reshape(-1, D).float()                                              # (R, D)
-        y = x.new_empty(len(rows), self.width)                                       # (R, O)
-        step = max(1, BLOCK // (D * WIDTH))
+        rows, y = x.reshape(-1, D), x.new_empty(x.numel() // D, self.width)          # (R, D), (R, O)
+        if x.dtype not in SLOW:
+            for at, part in enumerate(self.table):                                   # (D, 64)
+                y[:, at * WIDTH:(at + 1) * WIDTH] = rows @ part
+            return y.view(*x.shape[:-1], self.width)
+        rows, step = rows.float(), max(1, BLOCK // (D * WIDTH))
         for at in range(0, n, step):
             part = self.table[at:at + step].transpose(0, 1)                          # (D, step, 64)
             y[:, at * WIDTH:(at + step) * WIDTH] = rows @ scratch(*part.shape).copy_(part).flatten(1)

@@ -257,14 +257,14 @@ def wait():
 # ---------------------------------------------------------------------------------------------------------------------
 # Living with others
 
-def lock(folder: Path):
-    """Make this the only trainer that writes to a folder, until the returned lock is closed or the process ends.
+def lock(folder: Path, what="training"):
+    """Make this the only program that writes to a folder, until the returned lock is closed or the process ends.
     UserError if there is another."""
     (folder / ".lock").touch()
     try:
         return Lock(folder / ".lock")
     except BlockingIOError:
-        raise UserError(f"{folder}: another training writes there; wait for it, stop it, or choose another --out") \
+        raise UserError(f"{folder}: another {what} writes there; wait for it, stop it, or choose another --out") \
             from None
 
 

@@ -44,7 +44,7 @@ def flops(model, lengths: list, supervised: int, vision_trained=False, llm_train
     N = 1 + model.vision.grid ** 2
     tower_flops = 2 * N * sum(p.numel() for p in model.vision.layers.parameters()) \
         + 4 * tower.num_hidden_layers * tower.hidden_size * N * N
-    projector = 2 * (N - 1) * sum(p.numel() for p in model.projector.parameters())
+    projector = 2 * model.picture_rows * sum(p.numel() for p in model.projector.parameters())
     return times * (2 * blocks * T + looks + head) \
         + len(lengths) * (tower_flops * (3 if vision_trained else 1) + 3 * projector)
 
@@ -90,8 +90,8 @@ def measure(model, args, micro) -> dict:
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    before = clip.WRITE_OUT, clip.SLOW_HALF, linear.SLOW_HALF
-    clip.WRITE_OUT = clip.SLOW_HALF = linear.SLOW_HALF = False          # the ways that a GPU takes
+    before = clip.WRITE_OUT, clip.SLOW, linear.SLOW
+    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()          # the ways that a GPU takes
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
         mesh = parallel.layout(torch.device("cpu"), args.gpus)
@@ -103,7 +103,7 @@ def measure(model, args, micro) -> dict:
             tracker = FSDPMemTracker(model, optimizer)
             size, length = model.vision.config.image_size, args.max_length
             pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
-            ids = torch.zeros(micro, length - model.vision.grid ** 2, dtype=torch.long)
+            ids = torch.zeros(micro, length - model.picture_rows, dtype=torch.long)
             tracker.track_external(pixels, ids)
             with tracker:
                 for step in range(2):           # AdamW's moments are there from the second step on
@@ -114,7 +114,7 @@ def measure(model, args, micro) -> dict:
             [peak] = tracker.get_tracker_snapshot("peak").values()
     finally:
         dist.destroy_process_group()
-        clip.WRITE_OUT, clip.SLOW_HALF, linear.SLOW_HALF = before
+        clip.WRITE_OUT, clip.SLOW, linear.SLOW = before
     return {str(getattr(kind, "value", kind)).lower(): size for kind, size in peak.items()}
 
 
@@ -131,8 +131,8 @@ def fake(model):
 def whole_step(model, pixels, ids):
     """VLM.forward for rows of one length, whose shapes don't depend on numbers: a fake tensor has none."""
     asked = torch.ones_like(ids[:, :64], dtype=torch.bool)
-    hidden = model.vision(pixels)
-    features, _ = model.fuser(hidden[1:, :, 1:].transpose(0, 1), model.llm.embed(ids[:, :64]), asked)
+    hidden = model.vision(pixels)                   # all blocks, even if not all are read: the tracker waits for them
+    features, _ = model.fuse(hidden, model.llm.embed(ids[:, :64]), asked)
     embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)            # (B, T', D)
     states = model.llm.hidden(embeds=embeds).flatten(0, 1)
     target = torch.zeros(states.shape[0] // 4, dtype=torch.long)                            # a quarter is supervised

@@ -8,9 +8,11 @@ here does exactly what the one behind LLaVA-1.5's published numbers does, its qu
 Where other people's numbers come from another rule (lmms-eval, VLMEvalKit), that rule's score stands beside it.
 
 An answers file has one JSON object a line: "question_id" and "text", and "prompt" where the official scorer joins by
-it. Every scorer takes (annotations: Path, answers: list[Answer]) and gives (the published number, dict of all numbers);
-all are in percent but MME's. What the official scorer tolerates is a warning with a count, all else a UserError.
+it. Every scorer takes (annotations: Path, answers: list[Answer], limited: whether only a part of the questions was
+asked, so that the others don't count) and gives (the published number, dict of all numbers, and its 95% `margin`); all
+are in percent but MME's. What the official scorer tolerates is a warning with a count, all else a UserError.
 """
+import math
 import random
 import re
 import string
@@ -26,6 +28,20 @@ def percent(right) -> float:
     """Of truth values or scores in 0..1; multiplied last, as the official scorers do."""
     right = list(right)
     return sum(right) / len(right) * 100 if right else 0.0
+
+
+def margin(*parts: list) -> float:
+    """Half the width of the 95% interval of a percentage, or of a sum of some: 1.96 standard errors.
+
+    parts: of each mean in the sum, its values in 0..1, one for everything that was drawn independently: a question, in
+    MME a picture with its two, in MMBench a question with its rotations. (Questions about one picture are not quite
+    independent, and of a few dozen nothing should be concluded.)
+    """
+    def variance(values):
+        mean = sum(values) / len(values)
+        return sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+
+    return 1.96 * 100 * math.sqrt(sum(variance(values) / len(values) for values in parts))
 
 
 def by(groups, right) -> dict[str, float]:
@@ -118,7 +134,7 @@ def vqa_accuracy(answer: str, humans: list[str]) -> float:
     return sum(min(1, (sum(same) - own) / 3) for own in same) / len(same)
 
 
-def textvqa(path: Path, answers: list[Answer]):
+def textvqa(path: Path, answers: list[Answer], limited: bool = False):
     """TextVQA_0.5.1_val.json: {"data": [{"image_id", "question", "answers" of ten humans, ...}]}.
 
     Both sides are normalised by `evalai`; the score is `vqa_accuracy`, averaged over the answers given. The ids are
@@ -134,12 +150,12 @@ def textvqa(path: Path, answers: list[Answer]):
     rows = {(str(row["image_id"]), row["question"].lower()): row for row in data}
     known = Counter((str(row["image_id"]), row["question"].lower()) for row in data)
     joined = join(answers, known, lambda answer: (answer.id, textvqa_question(answer)), strangers=False)
-    absent(known, joined, "left out of the mean")
+    absent(known, joined, "left out of the mean", limited)
     ours = [vqa_accuracy(evalai(a.text), [evalai(h) for h in rows[key]["answers"]]) for key, a in joined.items()]
     kit = [vqa_accuracy(vqa(a.text, CONTRACTIONS, PERIOD_VLMEVALKIT),
                         [vqa(h, CONTRACTIONS, PERIOD_VLMEVALKIT) for h in rows[key]["answers"]])
            for key, a in joined.items()]
-    return percent(ours), dict(accuracy=percent(ours), vlmevalkit=percent(kit), n=len(joined))
+    return percent(ours), dict(accuracy=percent(ours), margin=margin(ours), vlmevalkit=percent(kit), n=len(joined))
 
 
 def textvqa_question(answer: Answer) -> str:
@@ -155,7 +171,7 @@ def textvqa_question(answer: Answer) -> str:
     raise UserError(f"{answer.at}: can't find the question in the prompt (question, OCR line if any, instruction)")
 
 
-def vizwiz(path: Path, answers: list[Answer]):
+def vizwiz(path: Path, answers: list[Answer], limited: bool = False):
     """val.json: [{"image", "question", "answers": [{"answer"} of ten], "answer_type"}]; an id is a place in the list.
 
     LLaVA uploads `evalai` of the answers. The official scorer normalises the upload once more, by `vqa` with its own
@@ -163,7 +179,7 @@ def vizwiz(path: Path, answers: list[Answer]):
     lmms-eval normalises both sides by `evalai`, and this is the number most papers give for val. LLaVA's own is of
     test, whose answers are hidden: it is uploaded.
     """
-    rows, texts = zip(*vizwiz_upload(path, answers))
+    rows, texts = zip(*vizwiz_upload(path, answers, limited))
     if not any("answers" in row for row in rows):
         return None, {}
     what = "VizWiz's val.json"
@@ -176,22 +192,22 @@ def vizwiz(path: Path, answers: list[Answer]):
     for row, score in zip(rows, right):
         types[row["answer_type"]].append(score)
     official = round(100 * sum(right) / len(right), 2)                      # the official scorer rounds, so we do
-    return official, dict(vizwiz_official=official, vizwiz_lmms=percent(lmms), n=len(rows), answer_type={
-        kind: round(100 * sum(scores) / len(scores), 2) for kind, scores in sorted(types.items())})
+    return official, dict(
+        vizwiz_official=official, vizwiz_lmms=percent(lmms), margin=margin(right), n=len(rows),
+        answer_type={kind: round(100 * sum(scores) / len(scores), 2) for kind, scores in sorted(types.items())})
 
 
-def vizwiz_upload(path: Path, answers: list[Answer]) -> list[tuple[dict, str]]:
+def vizwiz_upload(path: Path, answers: list[Answer], limited: bool = False) -> list[tuple[dict, str]]:
     """(record, normalised answer) of each record. The official server wants them all."""
     what = "VizWiz's annotations (val.json or test.json)"
     rows = read_json(path, list, what)
     expect_rows(rows, path, what, image=str, question=str)
     ids = [str(i) for i in range(len(rows))]
     joined = join(answers, ids)
-    absent(ids, joined, None)
-    return [(row, evalai(joined[id].text)) for id, row in zip(ids, rows)]
+    return [(rows[int(id)], evalai(joined[id].text)) for id in absent(ids, joined, None, limited)]
 
 
-def gqa(path: Path, answers: list[Answer]):
+def gqa(path: Path, answers: list[Answer], limited: bool = False):
     """testdev_balanced_questions.json: {id: {"question", "answer", "isBalanced", "types": {...}, ...}}.
 
     Periods at the end go and the text is lowered: that is all. "a dog", "dogs", "dog!" are wrong where "dog" is right.
@@ -204,7 +220,7 @@ def gqa(path: Path, answers: list[Answer]):
     balanced = {id: q for id, q in questions.items() if q["isBalanced"]}
     expect(balanced, path, "a GQA split with balanced questions")
     joined = join(answers, questions)
-    absent(balanced, joined, None)
+    balanced = {id: questions[id] for id in absent(balanced, joined, None, limited)}
     right = [joined[id].text.rstrip(".").lower() == q["answer"] for id, q in balanced.items()]
     shape = ["open" if q["types"]["structural"] == "query" else "binary" for q in balanced.values()]
     delete = str.maketrans("", "", string.punctuation)
@@ -212,7 +228,7 @@ def gqa(path: Path, answers: list[Answer]):
             for id, q in balanced.items()]
     kit = [joined[id].text.strip().lower() == q["answer"].strip().lower() for id, q in balanced.items()]
     return percent(right), dict(
-        accuracy=percent(right), **dict(binary=0.0, open=0.0) | by(shape, right), n=len(right),
+        accuracy=percent(right), **dict(binary=0.0, open=0.0) | by(shape, right), margin=margin(right), n=len(right),
         structural=by([q["types"]["structural"] for q in balanced.values()], right),
         semantic=by([q["types"]["semantic"] for q in balanced.values()], right),
         lmms_eval=percent(lmms), vlmevalkit=percent(kit))
@@ -247,7 +263,7 @@ def can_infer(answer: str, options: dict[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def scienceqa(path: Path, answers: list[Answer]):
+def scienceqa(path: Path, answers: list[Answer], limited: bool = False):
     """A folder with problems.json ({pid: {"choices", "answer": index, ...}}) and pid_splits.json ({"test": [pids]}).
 
     A letter counts if it is all of the text, or begins it as in "B. a dog", or if "The answer is B" with something
@@ -263,7 +279,7 @@ def scienceqa(path: Path, answers: list[Answer]):
     expect(all(are_texts(problems[pid]["choices"]) and problems[pid]["answer"] in range(len(problems[pid]["choices"]))
                for pid in test), path / "problems.json", "ScienceQA: an answer that is none of the choices")
     joined = join(answers, test)
-    absent(test, joined, "wrong, and not counted as IMG")
+    test = absent(test, joined, "wrong, and not counted as IMG", limited)
     if any(answer.prompt is None for answer in joined.values()):
         asked = read_json(path / "llava_test_CQM-A.json", list, "LLaVA's question file (or write down the prompts)")
         pictured = {str(row.get("id")) for row in asked if isinstance(row, dict) and "image" in row}
@@ -282,11 +298,11 @@ def scienceqa(path: Path, answers: list[Answer]):
     if disagree:
         warn(f"{disagree} prompts and problems.json disagree about whether there is a picture: IMG goes by the prompts")
 
-    def of_img(those):
-        return percent(ok for ok, seen in zip(those, img) if seen)
+    def of_img(those, number=percent):
+        return number([ok for ok, seen in zip(those, img) if seen])
 
-    return of_img(right), dict(img=of_img(right), all=percent(right), n_img=sum(img), n=len(test),
-                               lmms_eval=of_img(lmms), vlmevalkit=of_img(kit))
+    return of_img(right), dict(img=of_img(right), all=percent(right), margin=of_img(right, margin), n_img=sum(img),
+                               n=len(test), lmms_eval=of_img(lmms), vlmevalkit=of_img(kit))
 
 
 def scienceqa_letter(text: str) -> str | None:
@@ -298,7 +314,7 @@ def scienceqa_letter(text: str) -> str | None:
     return said[0] if len(said) == 1 else None
 
 
-def mmbench(path: Path, answers: list[Answer]):
+def mmbench(path: Path, answers: list[Answer], limited: bool = False):
     """mmbench_dev_20230712.tsv: columns index, question, hint, A, B, C, D, answer, category, image, l2-category, ...
 
     Circular: a question comes again with its options rotated, as index + k * 1,000,000, and is right if all its rows
@@ -309,7 +325,8 @@ def mmbench(path: Path, answers: list[Answer]):
     rows = mmbench_rows(path)
     ids = [row["index"] for row in rows]
     joined = join(answers, ids)
-    absent(ids, joined, "wrong")
+    kept = set(absent(ids, joined, "wrong", limited))
+    rows = [row for row in rows if row["index"] in kept]
     if "answer" not in rows[0]:
         return None, {}
     inferred, bare = {}, {}
@@ -329,7 +346,7 @@ def mmbench(path: Path, answers: list[Answer]):
 
     circle = circular(inferred)
     metrics = dict(circular=percent(circle), plain_base=percent(inferred[row["index"]] for row in base),
-                   plain_all=percent(inferred.values()), n=len(base), n_rows=len(rows))
+                   plain_all=percent(inferred.values()), margin=margin(circle), n=len(base), n_rows=len(rows))
     for column in ("category", "l2-category"):
         if column in rows[0]:
             metrics[column] = by([str(row[column]) for row in base], circle)
@@ -338,7 +355,7 @@ def mmbench(path: Path, answers: list[Answer]):
     return metrics["circular"], metrics
 
 
-def seed(path: Path, answers: list[Answer]):
+def seed(path: Path, answers: list[Answer], limited: bool = False):
     """SEED-Bench.json: {"questions": [{"question_id", "answer", "data_type", ...}], "question_type": {name: id}}.
 
     The text has to be the letter, and nothing else: "B." is wrong. Image questions are the published number, videos are
@@ -355,7 +372,8 @@ def seed(path: Path, answers: list[Answer]):
     expect(all(row["question_type_id"] in names for row in rows), path, f"{what}: a question of unknown type")
     ids = [str(row["question_id"]) for row in rows]
     joined = join(answers, Counter(ids))
-    absent(ids, joined, "wrong")
+    kept = set(absent(ids, joined, "wrong", limited))
+    ids, rows = zip(*[(id, row) for id, row in zip(ids, rows) if id in kept])
     texts = [joined[id].text if id in joined else None for id in ids]
     right = [text == row["answer"] for text, row in zip(texts, rows)]
     lmms = [text is not None and text.strip()[:1].lower() == row["answer"].strip().lower()
@@ -367,10 +385,12 @@ def seed(path: Path, answers: list[Answer]):
     expect("image" in kinds, path, "SEED-Bench with its image questions")
     parts = by(kinds, right)
     return parts["image"], dict(
-        **parts, all=percent(right), n_image=kinds.count("image"), n=len(rows), lmms_eval=by(kinds, lmms)["image"],
+        **parts, all=percent(right), margin=margin([ok for ok, kind in zip(right, kinds) if kind == "image"]),
+        n_image=kinds.count("image"), n=len(rows), lmms_eval=by(kinds, lmms)["image"],
         vlmevalkit=by(kinds, kit)["image"], types=by([names[row["question_type_id"]] for row in rows], right))
 
 
+MMMU_SEED = 42
 MMMU_DOMAINS = {
     "Art and Design": ["Art", "Art_Theory", "Design", "Music"],
     "Business": ["Accounting", "Economics", "Finance", "Manage", "Marketing"],
@@ -382,7 +402,7 @@ MMMU_DOMAINS = {
                              "Energy_and_Power", "Materials", "Mechanical_Engineering"]}
 
 
-def mmmu(path: Path, answers: list[Answer]):
+def mmmu(path: Path, answers: list[Answer], limited: bool = False):
     """The rows from Hugging Face (.jsonl, .parquet, or the folder of the subjects' .parquet), or answer_dict_val.json.
 
     Rows: "id" (validation_Accounting_1), "question_type", "options" (a list, or a string that holds one), "answer".
@@ -396,8 +416,8 @@ def mmmu(path: Path, answers: list[Answer]):
     subjects = {subject for those in MMMU_DOMAINS.values() for subject in those}
     expect(all(mmmu_subject(id) in subjects for id in rows), path, "MMMU: an id without one of its subjects")
     joined = join(answers, rows, strangers=False)
-    absent(rows, joined, "left out")
-    luck = random.Random(42)
+    absent(rows, joined, "left out", limited)
+    luck = random.Random(MMMU_SEED)
     right, sure = defaultdict(list), defaultdict(list)
     for id in sorted((id for id in rows if id in joined), key=mmmu_subject):       # stable: in order within a subject
         kind, gold, options = rows[id]
@@ -415,7 +435,8 @@ def mmmu(path: Path, answers: list[Answer]):
         return sum(accuracy * n for accuracy, n in parts) / sum(n for _, n in parts) * 100
 
     return overall(right, right), dict(
-        overall=overall(right, right), without_luck=overall(sure, sure), n=len(joined),
+        overall=overall(right, right), without_luck=overall(sure, sure),
+        margin=margin([ok for those in right.values() for ok in those]), n=len(joined),
         domain={domain: overall(right, those) for domain, those in MMMU_DOMAINS.items() if set(those) & set(right)},
         subject={subject: percent(right[subject]) for subject in right})
 
@@ -494,7 +515,7 @@ MME_TASKS = dict(
 MME_END = "Please answer yes or no."
 
 
-def mme(path: Path, answers: list[Answer]):
+def mme(path: Path, answers: list[Answer], limited: bool = False):
     """MME_Benchmark_release_version: a folder a task, with a <picture>.txt of two lines "question<TAB>Yes" or "No".
 
     Only the first four characters are read: "yes" in them is a yes, else "no" in them is a no, so that "know" and "not
@@ -518,7 +539,7 @@ def mme(path: Path, answers: list[Answer]):
         return task, picture, question
 
     joined = join(answers, truth, which, strangers=False)
-    absent(truth, joined, "left out, with their pictures")
+    absent(truth, joined, "left out, with their pictures", limited)
     pictures = defaultdict(list)
     for task, picture, question in truth:
         if (task, picture, question) in joined:
@@ -526,13 +547,14 @@ def mme(path: Path, answers: list[Answer]):
     for (task, picture), pair in pictures.items():
         if len(pair) != 2:
             raise UserError(f"only one of the two questions about {task}/{picture} has an answer; answer both")
-    scores = {}
+    scores, shares = {}, {}                      # shares: of every picture in its task's score
     for name, read in dict(mme=mme_read, lmms_eval=mme_read_lmms, vlmevalkit=yes_or_no_vlmevalkit).items():
         for tasks in MME_TASKS.values():
             for task in tasks:
                 right = [[read(text) == gold for text, gold in pair] for (t, _), pair in pictures.items() if t == task]
                 if not right:
                     raise UserError(f"no answers for MME's {task}; perception and cognition are sums over all 14 tasks")
+                shares[name, task] = [sum(pair) / 2 + all(pair) for pair in right]
                 scores[name, task] = percent(ok for pair in right for ok in pair) + percent(all(pair) for pair in right)
 
     def total(name):
@@ -540,7 +562,8 @@ def mme(path: Path, answers: list[Answer]):
 
     return total("mme")["perception"], dict(
         **total("mme"), tasks={task: scores["mme", task] for tasks in MME_TASKS.values() for task in tasks},
-        n=len(joined), lmms_eval=total("lmms_eval"), vlmevalkit=total("vlmevalkit"))
+        margin=margin(*(shares["mme", task] for task in MME_TASKS["perception"])), n=len(joined),
+        lmms_eval=total("lmms_eval"), vlmevalkit=total("vlmevalkit"))
 
 
 def mme_read(text: str) -> str | None:
@@ -556,7 +579,7 @@ def mme_read_lmms(text: str) -> str | None:
 POPE_FIRST_ID = dict(adversarial=0, random=10_000_000, popular=20_000_000)
 
 
-def pope(path: Path, answers: list[Answer]):
+def pope(path: Path, answers: list[Answer], limited: bool = False):
     """The folder coco: coco_pope_adversarial.json, _random, _popular, of lines {"question_id", "text", "label"}.
 
     An id is the line's question_id (1, 2, ...), in random + 10,000,000, in popular + 20,000,000. The text up to its
@@ -575,13 +598,13 @@ def pope(path: Path, answers: list[Answer]):
             ids = from_zero                              # all of them, counted from 0: the same order
         pairs |= {id: (category, row) for id, row in zip(ids, rows)}
     joined = join(answers, pairs, strangers=False)
-    absent(pairs, joined, "left out")
+    absent(pairs, joined, "left out", limited)
     for id, answer in joined.items():
         if answer.prompt is not None and pairs[id][1]["text"] not in answer.prompt:
             raise UserError(f"{answer.at}: {id} is another question in {path}; use the version of POPE that was asked")
     if sum(category == "random" for category, _ in pairs.values()) == 3000:
         warn(f"{path} is POPE as of October 2023; LLaVA-1.5's numbers are of the older files (random: 2,910 questions)")
-    metrics = {}
+    metrics, shares = {}, []
     for category in POPE_FIRST_ID:
         those = [(pope_says(a.text), pairs[id][1]["label"]) for id, a in joined.items() if pairs[id][0] == category]
         if not those:
@@ -589,11 +612,12 @@ def pope(path: Path, answers: list[Answer]):
         if ("yes", "yes") not in those:
             warn(f"POPE {category}: no right yes, where the official script divides by zero; its F1 is taken as 0")
         metrics[category] = pope_metrics(those) | dict(yes_ratio=percent(said == "yes" for said, _ in those))
+        shares.append([share / 3 for share in f1_shares(those)])
     f1, accuracy = (sum(metrics[category][name] for category in POPE_FIRST_ID) / 3 for name in ("f1", "accuracy"))
     lmms = [(a.text.lower().strip(), pairs[id][1]["label"]) for id, a in joined.items()]
     kit = [(yes_or_no_vlmevalkit(a.text), pairs[id][1]["label"]) for id, a in joined.items()]
-    return f1, dict(f1=f1, accuracy=accuracy, n=len(joined), **metrics, lmms_eval=pope_metrics(lmms, "no"),
-                    vlmevalkit=pope_metrics(kit))
+    return f1, dict(f1=f1, accuracy=accuracy, margin=margin(*shares), n=len(joined), **metrics,
+                    lmms_eval=pope_metrics(lmms, "no"), vlmevalkit=pope_metrics(kit))
 
 
 def pope_says(text: str) -> str:
@@ -609,6 +633,17 @@ def pope_metrics(pairs: list[tuple], misses=None) -> dict[str, float]:
     f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
     return dict(accuracy=percent(said == label for said, label in pairs), precision=precision * 100,
                 recall=recall * 100, f1=f1 * 100)
+
+
+def f1_shares(pairs: list[tuple]) -> list[float]:
+    """A number for every pair (said, label); their mean is F1, and their spread tells how far F1 is off.
+
+    F1 = 2 TP / (yes said + yes labelled), a ratio of two means, of which this is the linear part.
+    """
+    hits = [2 * (said == label == "yes") for said, label in pairs]
+    yes = [(said == "yes") + (label == "yes") for said, label in pairs]
+    f1, mean = sum(hits) / max(sum(yes), 1), max(sum(yes), 1) / len(pairs)
+    return [f1 + (hit - f1 * of) / mean for hit, of in zip(hits, yes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,18 +685,23 @@ def mmvet(path: Path, grades: Path):
         sets["_".join(sorted(set(question["capability"])))].add(id)
         for capability in question["capability"]:
             single[capability].add(id)
-    return mean(questions), dict(total=mean(questions), **{name: mean(single[name]) for name in sorted(single)},
-                                 n=len(questions), runs=n_runs, sets={name: mean(sets[name]) for name in sorted(sets)})
+    means = [sum(given[id]["score"]) / n_runs for id in questions]
+    return mean(questions), dict(
+        total=mean(questions), **{name: mean(single[name]) for name in sorted(single)}, margin=margin(means),
+        n=len(questions), runs=n_runs, sets={name: mean(sets[name]) for name in sorted(sets)})
 
 
 SCORERS = dict(gqa=gqa, scienceqa=scienceqa, textvqa=textvqa, vizwiz=vizwiz, mmbench=mmbench, mmvet=mmvet, seed=seed,
                mmmu=mmmu, mme=mme, pope=pope)
 
 
-def score(task: str, annotations: Path, answers: list[Answer], grades: Path | None = None) -> dict:
-    """dict(task, primary: the published number, metrics: all of them). primary None: it is judged elsewhere."""
+def score(task: str, annotations: Path, answers: list[Answer], grades: Path | None = None, limited=False) -> dict:
+    """dict(task, primary: the published number, metrics: all of them). primary None: it is judged elsewhere.
+
+    limited: only a part of the questions was asked. The score is that of those, instead of an error or a warning.
+    """
     if task == "mmvet":
         primary, metrics = mmvet(annotations, grades) if grades else (None, {})
     else:
-        primary, metrics = SCORERS[task](annotations, answers)
+        primary, metrics = SCORERS[task](annotations, answers, limited)
     return dict(task=task, primary=primary, metrics=metrics)

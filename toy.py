@@ -234,6 +234,18 @@ def grid(scene: Scene) -> str:
     return " ".join(f"{place} {cell.get(i, '-')}" for i, place in enumerate(PLACES))
 
 
+def glimpses(scene: Scene) -> str:
+    """The same as a picture's patches would tell it, row by row: a large thing again and again, so that whoever counts
+    has to count places."""
+    rng, seen = random.Random("glimpses/" + scene.key), []
+    for thing, x, y, side, _ in layout(scene):
+        left, top, right, bottom = box(thing, x, y, side)
+        for _ in range(rng.randint(1, 4)):
+            seen.append((rng.uniform(top, bottom) // PATCH, rng.uniform(left, right) // PATCH, thing))
+    seen.sort(key=lambda row: row[:2])
+    return " ".join(f"{thing.text()} {PLACES[thing.cell]}" for _, _, thing in seen)
+
+
 # Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an apple", {s} is "cats".
 # No word of the latter is new, only their order is: a model of four layers can't know what it has never read.
 PHRASES = {
@@ -539,8 +551,8 @@ def optimizers(model, lr):
 
 
 def pretrain(name, model, loss_of_step, steps, lr, out: Path):
-    """Train model for a number of steps. loss_of_step(model, step) gives the loss on the step's own, reproducible
-    batch, and the share of its predictions that are right.
+    """Train model for a number of steps. loss_of_step(model, step) gives, in one part or several, the loss on the
+    step's own, reproducible batch, and the share of its predictions that are right: [(loss, right)], to be summed.
 
     Warm-up over 50 steps, constant, linear to zero over the last quarter. Every 100 steps everything is written to
     out/NAME.ckpt, beside and renamed, and a run that was stopped goes on from there.
@@ -562,18 +574,20 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * rate
+        loss = right = 0.0
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, right = loss_of_step(model, step)
-        loss.backward()
+            for part, share in loss_of_step(model, step):
+                part.backward()
+                loss, right = loss + part.item(), right + share
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         if (step + 1) % 20 == 0 or step + 1 == steps:
             each = (time.perf_counter() - began) / (step + 1 - start)
-            print(f"{name} {step + 1}/{steps} loss {loss.item():.3f} right {right:.3f} {each:.2f} s/step "
+            print(f"{name} {step + 1}/{steps} loss {loss:.3f} right {right:.3f} {each:.2f} s/step "
                   f"eta {each * (steps - step - 1) / 60:.0f} min", flush=True)
             with open(log, "a") as f:
-                f.write(f"{step + 1},{loss.item():.4f},{right:.3f}\n")
+                f.write(f"{step + 1},{loss:.4f},{right:.3f}\n")
         if (step + 1) % 100 == 0 or step + 1 == steps:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1),
                        f"{ckpt}.tmp")
@@ -675,14 +689,14 @@ def train_clip(out: Path, tokenizer, steps, batch=48):
         whole = F.normalize(features[:, 0].float(), dim=-1)                            # (B, P)
         captions = F.normalize(model.encode_text(as_text(tokenizer, [caption(s) for s in scenes])).float(), dim=-1)
         logits, target = model.logit_scale.exp() * whole @ captions.T, torch.arange(len(scenes))
-        return parts + (contrast(logits, target)[0] + contrast(logits.T, target)[0]) / 2, right
+        return [(parts + (contrast(logits, target)[0] + contrast(logits.T, target)[0]) / 2, right)]
 
     pretrain("clip", model, loss_of_step, steps, 1e-3, out)
     model.save_pretrained(out / "clip")
 
 
 def llama_config(vocab_size):
-    return LlamaConfig(vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
                        num_attention_heads=6, num_key_value_heads=6, rms_norm_eps=1e-5, rope_theta=10000.0,
                        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS)
 
@@ -695,7 +709,7 @@ def text_rows(tokenizer, step, batch):
 
     First repeated sequences of random names: to predict the second half is to find the earlier token and copy what
     followed it, and that head is what every later question needs. Then scenes as text, as captions of grids ("plain",
-    like stage 1) or with a conversation ("v1"). They are small at first and grow: what finds the asked thing among two
+    like stage 1) or with a conversation ("v1"), told in one of three ways. They are small at first and grow: what finds the asked thing among two
     carries over to more.
     """
     rng = random.Random(f"text/{step}")
@@ -712,27 +726,32 @@ def text_rows(tokenizer, step, batch):
             told = tokenizer.encode(caption(scene)) + tokenizer.encode("\n", continues=True)
             rows.append(([BOS] + seen + told, [IGNORE] * (1 + len(seen)) + told))
         elif turns := conversation(scene, 12):
-            context = grid(scene) if i % 4 == 1 else caption(scene)
+            context = (caption, grid, glimpses, glimpses)[i % 4](scene)
             sample = render(record([(context + "\n" + turns[0][0], turns[0][1])] + turns[1:]), tokenizer, "v1")
             rows.append((sample.ids, sample.labels))
     return rows
 
 
-def train_llama(out: Path, tokenizer, steps, batch=24):
-    """Next-token prediction on text, the loss on answers and captions: the part that Vicuna plays in the paper."""
+def train_llama(out: Path, tokenizer, steps, batch=32, piece=8):
+    """Next-token prediction on text, the loss on answers and captions: the part that Vicuna plays in the paper.
+
+    A step's rows are sorted by length and taken `piece` at a time, to save padding.
+    """
     torch.manual_seed(2)
     model = Llama(llama_config(tokenizer.vocab_size))
 
     def loss_of_step(model, step):
-        rows = text_rows(tokenizer, step, batch)
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])        # (B, T)
-        labels = torch.tensor([row + [IGNORE] * (width - len(row)) for _, row in rows])
-        keep = labels[:, 1:] != IGNORE
-        logits = model.lm_head(model.hidden(tokens=ids)[:, :-1][keep])                 # (answers, V)
-        target = labels[:, 1:][keep]
-        right = (logits.argmax(-1) == target).float().mean().item()
-        return F.cross_entropy(logits, target), right
+        rows = sorted(text_rows(tokenizer, step, batch), key=lambda row: len(row[0]))
+        supervised = sum(label != IGNORE for _, labels in rows for label in labels)
+        for at in range(0, len(rows), piece):
+            part = rows[at:at + piece]
+            width = len(part[-1][0])
+            ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in part])        # (piece, T)
+            labels = torch.tensor([row + [IGNORE] * (width - len(row)) for _, row in part])
+            keep = labels[:, 1:] != IGNORE
+            logits = model.lm_head(model.hidden(tokens=ids)[:, :-1][keep]).float()         # (answers, V)
+            loss, right = contrast(logits, labels[:, 1:][keep])
+            yield loss * (len(logits) / supervised), right * (len(logits) / supervised)
 
     pretrain("llama", model, loss_of_step, steps, 2e-3, out)
     model.save_pretrained(out / "llama")
@@ -805,8 +824,8 @@ def main():
     s.add_argument("--n", type=int, default=12)
     s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
-    s.add_argument("--clip-steps", type=int, default=1200)
-    s.add_argument("--llama-steps", type=int, default=3600)
+    s.add_argument("--clip-steps", type=int, default=6000)
+    s.add_argument("--llama-steps", type=int, default=5000)
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
     dict(show=show, retrain=retrain, ship=ship)[args.command](args)

@@ -37,7 +37,7 @@ import data
 import parallel
 import plan
 import toy
-from ccra import CCRA, NORMS, ORDERS, VLM, CCRAConfig
+from ccra import NAMED, NORMS, ORDERS, VLM
 from clip import CLIPVision, CLIPVisionConfig
 from data import GROUPS, order, split
 from formats import Folder
@@ -53,7 +53,7 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
-TOY_STEPS = {1: 200, 2: 1500}
+TOY_STEPS = {1: 300, 2: 4000}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
               num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
@@ -97,6 +97,8 @@ def arguments(argv=None):
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
     g.add_argument("--llm", help="stage 1: folder of the language model")
     g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
+    g.add_argument("--fuser", choices=NAMED, help="what stands between the towers (README; default: ccra, in stage 2 "
+                   "stage 1's)")
     g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
                    help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
     g.add_argument("--train-vision", action="store_true", help="stage 2: train the vision tower, too (appendix B)")
@@ -156,6 +158,8 @@ def complete(args):
         raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
     if args.stage == 2 and (args.vision or args.llm):
         raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
+    if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
+        raise UserError(f"--norm, --order and --off belong to CCRA, not to --fuser {args.fuser}")
     args.mode = args.stage1_ccra if args.stage == 1 else "on"
     if args.train_vision and args.stage == 1:
         raise UserError("--train-vision belongs to --stage 2")
@@ -205,29 +209,47 @@ def build(args):
             raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
                             "or give --vision and --llm")
         tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm, dtype=None)      # as stored
-        config = CCRAConfig(text_dim=model.config.hidden_size, vision_dim=tower.config.hidden_size,
-                            n_layers=tower.config.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64,
-                            **variant(args))
-        torch.manual_seed(args.seed)                       # the projector's and CCRA's first values
-        return VLM.build(tower, model, config, query=args.query or "all"), Tokenizer.from_pretrained(llm)
+        config = fuser_config(args, tower.config, model.config)
+        torch.manual_seed(args.seed)                       # the projector's and the fuser's first values
+        model = VLM.build(tower, model, config, query=args.query or "all")
+        if args.mode != "off" and not model.fuser.asks:
+            raise UserError(f"--stage1-ccra {args.mode}: --fuser {args.fuser} doesn't read the question; leave it out")
+        return model, Tokenizer.from_pretrained(llm)
     folder = Path(args.model or f"out/{args.world}/stage1")
     if not args.model and not folder.is_dir():
         raise UserError(f"{folder}: not there yet; run --stage 1 first, or give --model")
     model = VLM.from_pretrained(folder)
-    if variant(args):           # none of these changes a shape, so stage 2 may choose anew
-        if not isinstance(model.fuser, CCRA):
-            raise UserError(f"{folder}: its fuser is {model.fuser.name!r}; --norm, --order and --off belong to CCRA")
-        fuser = CCRA(replace(model.fuser.config, **variant(args)))
-        fuser.load_state_dict(model.fuser.state_dict())
-        model.fuser = fuser
+    if args.fuser or variant(args):
+        model.fuser = refit(model.fuser, args, folder)
     model.query = args.query or model.query
     return model, Tokenizer.from_pretrained(folder)
 
 
+def fuser_config(args, vision, llm):
+    """The configuration of --fuser (default: CCRA) for towers of these configurations."""
+    kind = NAMED[args.fuser or "ccra"][0]
+    sizes = dict(text_dim=llm.hidden_size, vision_dim=vision.hidden_size, n_layers=vision.num_hidden_layers,
+                 d_hidden=128 if args.world == "llava" else 64)
+    return kind(**{key: n for key, n in sizes.items() if key in kind.__dataclass_fields__}, **variant(args))
+
+
+def refit(fuser, args, folder):
+    """Stage 1's fuser, changed as the flags say. They may change no shape, so that stage 2 can go on from it."""
+    kind = NAMED[args.fuser or "ccra"][0]
+    new = type(fuser)(replace(fuser.config, **variant(args))) if type(fuser.config) is kind else None
+    if new is None or new.width != fuser.width:
+        why = f"--fuser {args.fuser} reads otherwise: choose it in stage 1" if args.fuser else \
+            "--norm, --order and --off belong to CCRA"
+        raise UserError(f"{folder}: its fuser is {fuser.name!r}; {why}")
+    new.load_state_dict(fuser.state_dict())
+    return new
+
+
 def choices(model):
     """What flags may choose about a model, as it is."""
-    names = ("norm", "order", "lpwca", "lwca", "pwca", "smooth")
-    return {key: value for key, value in vars(model.fuser.config).items() if key in names} | {"query": model.query}
+    names = ("norm", "order", "lpwca", "lwca", "pwca", "smooth", "copies", "kind")
+    chosen = {key: value for key, value in vars(model.fuser.config).items() if key in names}
+    return {"fuser": model.fuser.name, **chosen, "query": model.query}
 
 
 def inherited(args, model):
@@ -241,7 +263,8 @@ def inherited(args, model):
     was = before["model"]
     changed = [f"{key} {was.get(key)} -> {now[key]}" for key in said if was.get(key) != now[key]]
     kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
-    return f"from stage 1 ({before['steps']} steps, CCRA {before['mode']}): {kept}" + \
+    mode = f", {now['fuser']} {before['mode']}" * model.fuser.asks
+    return f"from stage 1 ({before['steps']} steps{mode}): {kept}" + \
         (f"; changed: {', '.join(changed)}" if changed else "")
 
 
@@ -253,19 +276,21 @@ def save_precision(trained, model, dtype):
 
 
 def variant(args) -> dict:
-    """What the flags say about CCRA, as fields of CCRAConfig; what they don't say stays as it is."""
-    said = {key: getattr(args, key) for key in ("norm", "order") if getattr(args, key)}
+    """What the flags say about the fuser, as fields of its configuration; what they don't say stays as it is."""
+    said = dict(NAMED[args.fuser][1]) if args.fuser else {}
+    said |= {key: getattr(args, key) for key in ("norm", "order") if getattr(args, key)}
     return said | {part: False for part in args.off or ()}
 
 
 def freeze(model: VLM, stage: int, mode="on", train_vision=False):
     """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns what is trained.
 
-    mode is how CCRA runs: if it is on in stage 1, it is trained there as well. What no gradient reaches (an ablated
-    part) was frozen when the model was built and stays so; what nobody reads of the tower, its last norm and for plain
-    LLaVA its last block, joins it.
+    mode is how CCRA runs: if it is on in stage 1, it is trained there as well, as is a fuser that doesn't ask. What no
+    gradient reaches (an ablated part) was frozen when the model was built and stays so; what nobody reads of the tower,
+    its last norm and for plain LLaVA its last block, joins it.
     """
-    parts = ("projector.", "fuser.")[:1 + (mode == "on")] if stage == 1 else ("projector.", "fuser.", "llm.")
+    fuser_too = stage == 2 or mode == "on" or not model.fuser.asks
+    parts = ("projector.",) + ("fuser.",) * fuser_too + ("llm.",) * (stage == 2)
     parts += ("vision.",) if train_vision else ()
     unread = ("vision.post_layernorm.",)
     unread += tuple(f"vision.layers.{i}." for i in range(model.fuser.n_blocks, len(model.vision.layers)))
@@ -300,7 +325,8 @@ def settings(args, dataset):
     prepared = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else {}
     return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n, batch=args.batch,
                 lr=args.lr, warmup=args.warmup, seed=args.seed, max_length=args.max_length, mode=args.mode,
-                query=args.query, dtype=args.dtype, **prepared, **variant(args))
+                query=args.query, dtype=args.dtype, **prepared, **({"fuser": args.fuser} if args.fuser else {}),
+                **variant(args))
 
 
 def recompute(model: VLM):
@@ -391,7 +417,7 @@ def say_answers(model, tokenizer, device, step, n=4):
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after or SIGTERM ended it."""
     steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
-    picture_rows = vlm.vision.grid ** 2
+    picture_rows = vlm.picture_rows
     like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
                                                 lengths=dataset.lengths(picture_rows, args.max_length))
     todo = islice(order(len(dataset), steps, args.batch, args.seed, **like), start, None)
@@ -412,7 +438,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
         taken = [take(batches) for _ in mine]
         waited = time.perf_counter() - tic
         loss = train_step(model, taken, device, dtype, args.mode, counting)
-        lengths = [n + vlm.vision.grid ** 2 - 1 for b in taken for n in b["mask"].sum(1).tolist()]
+        lengths = [n + picture_rows - 1 for b in taken for n in b["mask"].sum(1).tolist()]
         work = cost(lengths, sum(int((b["labels"] != data.IGNORE).sum()) for b in taken))
         loss, tokens, work, asked = total(loss, sum(int(b["mask"].sum()) for b in taken), work, float(stop.asked),
                                           device=device)
@@ -496,9 +522,7 @@ def sketch(args):
                            for part, dir in parts.items())
         tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
         llama = Llama(LlamaConfig.from_dict(llm or VICUNA))
-        sizes = dict(text_dim=llama.config.hidden_size, vision_dim=tower.config.hidden_size,
-                     n_layers=tower.config.num_hidden_layers)
-        model = VLM.build(tower, llama, CCRAConfig(**sizes, **variant(args)))
+        model = VLM.build(tower, llama, fuser_config(args, tower.config, llama.config))
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, torch.bfloat16)
     if args.recompute:
         recompute(model)

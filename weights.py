@@ -238,10 +238,13 @@ class Tensors(Mapping):
             drop_pages(self[name])
 
 
+def stored_files(dir: str | Path) -> list[Path]:
+    """The files of the folder's weights: those that would be loaded."""
+    return next(filter(None, (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
+
+
 def stored_bytes(dir: str | Path) -> int:
-    """How large the folder's weights are: those that would be loaded."""
-    sizes = [[file.stat().st_size for file in Path(dir).glob(f"*.{kind}")] for kind in ("safetensors", "bin", "pth")]
-    return sum(next(filter(None, sizes), []))
+    return sum(file.stat().st_size for file in stored_files(dir))
 
 
 class _NoNumbers(TorchFunctionMode):

@@ -76,7 +76,7 @@ def main():
     p.add_argument("--micro", type=int, default=8)
     p.add_argument("--max-length", type=int, default=512)
     args = p.parse_args()
-    clip.WRITE_OUT = clip.SLOW_HALF = linear.SLOW_HALF = False          # the ways that a GPU takes, as in plan.measure
+    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()        # the ways that a GPU takes, as in plan.measure
     rank, args.gpus, _ = parallel.join("cpu", threads=1)
     args.parallel = "fsdp"
     before = memory("VmRSS")

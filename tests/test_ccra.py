@@ -62,7 +62,7 @@ def literal(model, F_stack, F_t):
     alpha = literal_alpha(model.scorer, F_t)                                         # (2)
     F_last = F_stack[cfg.anchor_layer]
     W_lp = F_stack.new_zeros(L, N)
-    if cfg.order != "decoupled":
+    if cfg.order in ("progressive", "shuffled"):
         A_lp = literal_scores(model.lpwca, F_t, F_stack.reshape(L * N, d), cfg)      # (3) T x LN
         if cfg.lpwca:
             W_lp = (alpha @ A_lp).reshape(L, N)                                      # (4)
@@ -79,7 +79,10 @@ def literal(model, F_stack, F_t):
     else:
         w_l, w_hat, S = literal_lwca(model, F_stack, alpha, F_t)
         w_p = alpha @ literal_scores(model.pwca, F_t, F_last, cfg) if cfg.pwca else F_stack.new_zeros(N)
-        left = (S + literal_ln(F_last * (1 + w_p)[:, None], model.pwca.norm, cfg.norm, False)) / 2
+        R = literal_ln(F_last * (1 + w_p)[:, None], model.pwca.norm, cfg.norm, False)
+        left = {"decoupled": (S + R) / 2, "lwca_only": S, "pwca_only": R}[cfg.order]
+        w_p = w_p if cfg.order != "lwca_only" else w_p * 0
+        w_l, w_hat = (w_l, w_hat) if cfg.order != "pwca_only" else (w_l * 0, w_hat * 0 + 1 / L)
     F_fused = torch.cat([left, F_last], dim=1)                                       # (14)
     return F_fused, {"alpha": alpha, "W_lp": W_lp, "w_l": w_l, "w_hat": w_hat, "w_p": w_p}
 
@@ -135,7 +138,7 @@ def check_against_literal(cfg, anchor=-1):
 
 
 @pytest.mark.parametrize("off", ABLATIONS, ids=lambda off: next(iter(off), "full"))
-@pytest.mark.parametrize("order", ccra.ORDERS)
+@pytest.mark.parametrize("order", ccra.ORDERS + ccra.ALONE)
 @pytest.mark.parametrize("norm", ccra.NORMS)
 def test_equals_the_equations_written_out(norm, order, off):
     if order == "decoupled" and "lpwca" in off:
@@ -179,6 +182,8 @@ def test_parameter_counts():
     assert count(CCRAConfig(order="decoupled")) == 3_545_216 - pair - norm
     assert count(CCRAConfig(lpwca=False, lwca=False, pwca=False)) == 3 * norm        # not even the scorer
     assert count(CCRAConfig(order="decoupled", lwca=False, pwca=False)) == 2 * norm
+    for order in ccra.ALONE:
+        assert count(CCRAConfig(order=order)) == 3_545_216 - 2 * (pair + norm)
 
 
 def test_what_is_frozen_can_be_frozen_again():
@@ -546,7 +551,7 @@ def test_another_fuser_in_the_slot():
     class Last(nn.Module):
         n_blocks = 3
 
-        def forward(self, hidden, F_t, mask):
+        def forward(self, hidden, F_t, mask, mode):
             assert hidden.shape == (4, 3, 1 + N_PATCHES, 16) and F_t.shape == (3, 3, WIDTH) and mask.dtype == torch.bool
             return hidden[-2][:, 1:], {}
     model, batch = tiny_vlm(), tiny_batch()

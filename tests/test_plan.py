@@ -20,9 +20,9 @@ def test_flops_are_those_that_torch_counts(towers, tmp_path, monkeypatch):
     """Forward and backward of a row of 100 positions in stage 2, within 5%: CCRA's products aren't in the formula.
 
     torch's counter doesn't know a CPU's fused attention, so the causal half of it is added by hand. (Where bfloat16 is
-    fast, attention is written out, all of it.)
+    fast, attention in it is written out, all of it.)
     """
-    monkeypatch.setattr(clip, "WRITE_OUT", False)
+    monkeypatch.setattr(clip, "WRITE_OUT", set())
     train.main(["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"), "--out",
                 str(tmp_path), "--steps", "1", "--batch", "2"])
     model = VLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -3,6 +3,7 @@
 Every case is built so that plausible misreadings of the rule (VARIANTS) give another number than the right one.
 """
 import json
+import math
 import os
 import random
 import re
@@ -304,6 +305,34 @@ def test_numbers(task, tmp_path):
     subset(metrics, result["metrics"])
 
 
+def test_margins(tmp_path):
+    """1.96 standard errors, by hand where it is a mean or a sum of means; F1's against resampled answers."""
+    def off(*parts):
+        variance = lambda x: sum((a - sum(x) / len(x)) ** 2 for a in x) / (len(x) - 1) / len(x)
+        return pytest.approx(196 * math.sqrt(sum(map(variance, parts))))
+
+    found = {}
+    for task in MAKE:
+        (tmp_path / task).mkdir()
+        found[task] = run(task, tmp_path / task)["metrics"]["margin"]
+    assert found["gqa"] == off([1, 1, 0, 0, 0, 1, 1]) and found["textvqa"] == off([1, 0.9, 0.3, 1, 0.6, 0, 1, 1])
+    assert found["scienceqa"] == off([1] * 7 + [0] * 3) and found["vizwiz"] == off([0, 0, 0.6, 0.9, 0, 1])
+    assert found["mmbench"] == off([1, 0, 1, 0, 1]) and found["seed"] == off([1, 0, 0, 0, 0, 1, 0])
+    assert found["mmmu"] == off([1] * 7 + [0] * 4)
+    assert found["mme"] == off([2, 0.5])                   # existence: of a picture 1 + 1, and 0.5 + 0
+    luck, draws = random.Random(0), []
+    made = {name: [("yes", "yes")] * a + [("yes", "no")] * b + [("no", "yes")] * c + [("no", "no")] * d
+            for name, (a, b, c, d) in dict(random=(90, 30, 40, 40), popular=(50, 50, 20, 80)).items()}
+    for pairs in made.values():
+        shares = scores.f1_shares(pairs)
+        assert sum(shares) / 2 == pytest.approx(scores.pope_metrics(pairs)["f1"])
+    for _ in range(2000):
+        draws.append(sum(scores.pope_metrics(luck.choices(pairs, k=200))["f1"] for pairs in made.values()))
+    mean = sum(draws) / 2000
+    spread = math.sqrt(sum((x - mean) ** 2 for x in draws) / 2000)
+    assert 1.96 * spread == pytest.approx(scores.margin(*map(scores.f1_shares, made.values())), rel=0.06)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Misreadings of the rules, each of which these cases tell from the right one
 
@@ -518,8 +547,11 @@ def test_mmvet(tmp_path):
     given = write_json(tmp_path / "grades.json", {f"v1_{i}": dict(score=g) for i, g in enumerate(grades)})
     result = score("mmvet", path, [], given)
     # runs: 42.5 and 40; of ocr 56.67 and 53.33
+    # questions: 0.95, 0, 0.5, 0.2
+    off = 196 * math.sqrt(sum((x - 0.4125) ** 2 for x in (0.95, 0, 0.5, 0.2)) / 3 / 4)
     assert result["primary"] == 41.2 and result["metrics"] == dict(
-        total=41.2, math=72.5, ocr=55.0, rec=0.0, n=4, runs=2, sets=dict(math_ocr=72.5, ocr=20.0, rec=0.0))
+        total=41.2, math=72.5, ocr=55.0, rec=0.0, margin=pytest.approx(off), n=4, runs=2,
+        sets=dict(math_ocr=72.5, ocr=20.0, rec=0.0))
     for bad, words in [({"v1_9": dict(score=[1, 1])}, "v1_9"), ({"v1_0": dict(score=[1])}, "as many runs"),
                        ({"v1_0": dict(score=[1, 2])}, "grades"), ({"v1_0": 3}, "score")]:
         with fails("grades.json", words):

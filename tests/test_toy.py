@@ -164,6 +164,35 @@ def test_what_is_held_out():
     assert sum(content(item.scene) in seen for item in items) <= 6      # one of a single object can be
 
 
+def test_regions_cover_boxes():
+    """A thing's weights are, patch by patch, its box's share of pixels: counted one by one here, in quarters."""
+    scenes = [toy.make_scene(f"regions/{i}") for i in range(4)]
+    weights, phrases = toy.regions(scenes)
+    rows = [(i, row) for i, scene in enumerate(scenes) for row in toy.layout(scene)]
+    grid = toy.SIZE // toy.PATCH
+    assert len(weights) == len(phrases) == len(rows)
+    for weight, phrase, (i, (thing, x, y, side, _)) in zip(weights.view(-1, len(scenes), grid, grid), phrases, rows):
+        assert phrase in toy.caption(scenes[i]).split(", ")
+        left, top, right, bottom = toy.box(thing, x, y, side)
+        quarters = (torch.arange(toy.SIZE * 4) + 0.5) / 4                         # of pixels, their middles
+        inside = torch.outer((top <= quarters) & (quarters < bottom), (left <= quarters) & (quarters < right))
+        counted = inside.view(grid, 4 * toy.PATCH, grid, 4 * toy.PATCH).float().sum((1, 3))
+        torch.testing.assert_close(weight[i], counted / counted.sum(), atol=0.02, rtol=0)
+        assert abs(weight.sum() - 1) < 1e-5 and weight.sum() - weight[i].sum() < 1e-6
+
+
+def test_glimpses_tell_everything_in_its_place():
+    for i in range(100):
+        scene = toy.make_scene(f"glimpses/{i}")
+        told = {f"{thing.text()} {toy.PLACES[thing.cell]}" for thing in scene.things}
+        text, heard = toy.glimpses(scene), set()
+        while text:                                         # every phrase of it is one of the caption's
+            phrase = max((phrase for phrase in told if f"{text} ".startswith(phrase + " ")), key=len)
+            heard.add(phrase)
+            text = text[len(phrase) + 1:]
+        assert heard == told
+
+
 def test_siblings_differ_in_one_thing():
     for i in range(300):
         scene = toy.make_scene(f"s/{i}", limit=1 + i % 8)
@@ -214,7 +243,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path):
             if step == stop:
                 raise KeyboardInterrupt
             x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-            return (model.layers[0](x) - x[:, :4]).square().mean(), 0.5
+            return [((model.layers[0](x) - x[:, :4]).square().mean(), 0.5)]
         out.mkdir(exist_ok=True)
         toy.pretrain("x", model, loss_of_step, 220, 1e-2, out)
         return model.layers[0].weight

@@ -131,9 +131,10 @@ def test_variants_of_ccra_can_be_chosen_in_stage_2(stage1, tmp_path):
 def test_train_6_is_train_3_stop_resume(stage1, tmp_path):
     """In processes of their own, as a user would: nothing survives but the files."""
     def command(out, *more):
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "2", "--model", str(stage1), "--out",
-                        str(tmp_path / out), "--steps", "6", "--batch", "4", "--micro", "2", "--threads", "1", *more],
-                       check=True, capture_output=True)
+        run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "2", "--model", str(stage1), "--out",
+                              str(tmp_path / out), "--steps", "6", "--batch", "4", "--micro", "2", "--threads", "1",
+                              *more], capture_output=True, text=True)
+        assert run.returncode == 0, (run.returncode, run.stderr)
     command("whole")
     command("parts", "--stop-after", "3")
     assert not (tmp_path / "parts" / "model.safetensors").exists()
