@@ -12,7 +12,6 @@ A checkpoint is a folder of safetensors files, one for each process, and a state
 tensor, so any number of processes can read what another number wrote. It is written beside and renamed: a kill at any
 moment leaves the old checkpoint or the new one. One trainer at a time may write to a folder.
 """
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
+from prepare import Lock
 from weights import UserError, pick_device, read_json
 
 # CCRA's maps are views; the warning is about writing into such outputs in place, which nobody does
@@ -258,15 +258,14 @@ def wait():
 # Living with others
 
 def lock(folder: Path, what="training"):
-    """Make this the only program that writes to a folder, for as long as the returned file is open (flock: it goes with
-    the process, even with a killed one). UserError if there is another."""
-    file = open(folder / ".lock", "w")
+    """Make this the only program that writes to a folder, until the returned lock is closed or the process ends.
+    UserError if there is another."""
+    (folder / ".lock").touch()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return Lock(folder / ".lock")
+    except BlockingIOError:
         raise UserError(f"{folder}: another {what} writes there; wait for it, stop it, or choose another --out") \
             from None
-    return file
 
 
 class Stop:

@@ -31,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -151,8 +152,7 @@ tokenizer_of = cache(Tokenizer.from_pretrained)       # one per process
 
 
 def follow(parent: int) -> None:
-    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes, too: nobody else would end
-    it, and it holds the lock on the folder."""
+    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes: nobody else would end it."""
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -424,18 +424,45 @@ def already(out: Path, file: Path, inputs: dict, say: Callable) -> None:
     say(f"{out} is already prepared from these very inputs; nothing to do")
 
 
+class Lock:
+    """A file or folder that is this process's alone (flock): until close(), or until the process ends, however it does.
+
+    A process that is forked gets a copy of everything that is open, and would keep a killed one's lock for as long as
+    it lives itself. So it closes its copy, first of all. BlockingIOError if somebody else has the lock.
+    """
+    held, fd = weakref.WeakSet(), None
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise
+        Lock.held.add(self)
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd = None
+
+    __del__ = close
+
+
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(Lock.held)])
+
+
 @contextmanager
 def workplace(out: Path) -> Iterator[Path]:
     """A folder beside `out` for this process alone. If it is still there in the end, it is removed."""
     tmp = out.with_name(out.name + ".tmp")
     tmp.mkdir(parents=True, exist_ok=True)
-    lock = os.open(tmp, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not tmp.exists() or not os.path.samestat(os.fstat(lock), os.stat(tmp)):      # it was renamed just now
+        lock = Lock(tmp)
+        if not tmp.exists() or not os.path.samestat(os.fstat(lock.fd), os.stat(tmp)):      # it was renamed just now
+            lock.close()
             raise BlockingIOError
     except BlockingIOError:
-        os.close(lock)
         raise UserError(f"{tmp}: another process is preparing this folder") from None
     try:
         for leftover in tmp.iterdir():                  # of a run that was killed
@@ -443,7 +470,7 @@ def workplace(out: Path) -> Iterator[Path]:
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.close(lock)
+        lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -119,8 +119,9 @@ def make_scene(key: str, limit=8, new_pair=False) -> Scene:
 
 
 @lru_cache(maxsize=None)
-def emoji(kind: str) -> Image.Image:
-    return Image.open(ASSETS / "emoji" / f"{kind}.png").convert("RGBA")
+def emoji(kind: str, side=48) -> Image.Image:
+    picture = Image.open(ASSETS / "emoji" / f"{kind}.png").convert("RGBA")
+    return picture.resize((side, side), Image.LANCZOS)
 
 
 @lru_cache(maxsize=None)
@@ -164,18 +165,16 @@ def draw(scene: Scene) -> Image.Image:
             pen.ellipse([x - r, y - r, x + r, y + r], outline=tint, fill=tint if r < 4 else None)
     for thing, x, y, side, degrees in layout(scene):
         if thing.what == "object":
-            paste(image, emoji(thing.name), x, y, side, degrees)
+            paste(image, emoji(thing.name, side), x, y, degrees)
         elif thing.what == "shape":
             draw_shape(pen, thing.name, COLORS[thing.color], round(x - side / 2), round(y - side / 2), side)
         else:
-            paste(image, printed(thing.name), x, y, None, degrees)
+            paste(image, printed(thing.name), x, y, degrees)
     return image
 
 
-def paste(image, picture, x, y, side, degrees):
-    """An RGBA picture onto another one, its middle at (x, y), turned; side: its width (None: as it is)."""
-    if side:
-        picture = picture.resize((side, side), Image.LANCZOS)
+def paste(image, picture, x, y, degrees):
+    """An RGBA picture onto another one, its middle at (x, y), turned."""
     picture = picture.rotate(degrees, Image.BICUBIC, expand=True)
     image.paste(picture, (round(x - picture.width / 2), round(y - picture.height / 2)), picture)
 

@@ -24,6 +24,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice, tee
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+import curve
 import data
 import parallel
 import plan
@@ -51,7 +53,7 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
-TOY_STEPS = {1: 300, 2: 4000}
+TOY_STEPS = {1: 300, 2: 3600}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
               num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
@@ -81,6 +83,8 @@ def arguments(argv=None):
                    "--json, else toy)")
     p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; what "
+                   "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
@@ -88,7 +92,7 @@ def arguments(argv=None):
     g.add_argument("--images", help="the folder that the pictures' paths are relative to (with --data: prepare's)")
     g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
                    "modality-length in stage 2, as LLaVA, else none)")
-    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 0, else 4)")
+    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 1, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
     g.add_argument("--llm", help="stage 1: folder of the language model")
@@ -165,12 +169,14 @@ def complete(args):
         raise UserError(f"--parallel none doesn't go with {processes} processes")
     if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
         raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
+    if args.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs `pip install wandb`")
     args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
     args.lr = args.lr or recipe["lr"]
     args.micro = args.micro or recipe.get("micro", args.batch)
-    args.workers = (0 if args.world == "toy" else 4) if args.workers is None else args.workers
+    args.workers = (1 if args.world == "toy" else 4) if args.workers is None else args.workers
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
 
@@ -313,12 +319,14 @@ def shares(steps, dataset, rank, size, micro):
         yield rows, *pieces(rows, rank, size, micro)
 
 
-def settings(args, steps, n):
+def settings(args, dataset):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
-    return dict(stage=args.stage, steps=steps, samples=n, batch=args.batch, lr=args.lr, warmup=args.warmup,
-                seed=args.seed, max_length=args.max_length, mode=args.mode, query=args.query,
-                **({"group": args.group} if args.data else {}), **({"fuser": args.fuser} if args.fuser else {}),
-                **variant(args))
+    n = len(dataset)
+    prepared = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else {}
+    fuser = dict(fuser=args.fuser) if args.fuser else {}
+    return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n, batch=args.batch,
+                lr=args.lr, warmup=args.warmup, seed=args.seed, max_length=args.max_length, mode=args.mode,
+                query=args.query, dtype=args.dtype, **prepared, **fuser, **variant(args))
 
 
 def recompute(model: VLM):
@@ -414,8 +422,10 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
                                                 lengths=dataset.lengths(picture_rows, args.max_length))
     todo = islice(order(len(dataset), steps, args.batch, args.seed, **like), start, None)
     todo, ahead = tee(shares(todo, dataset, rank, size, args.micro))
+    of_a_step = math.ceil(math.ceil(args.batch / size) / args.micro)        # micro-batches; all are wanted at once
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=(piece for _, mine, _ in ahead for piece in mine), num_workers=args.workers,
+        prefetch_factor=max(2, math.ceil(of_a_step / args.workers)) if args.workers else None,
         generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
@@ -451,6 +461,8 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
             log.row(step + 1, loss, lr, norm, tokens, len(rows), now - tic, waited, work / size, device)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or ends:
             checkpoints.save(step + 1, trained, optimizer, course)
+            if rank == 0:
+                curve.draw(args.out)
         if args.ask_every and (step + 1) % args.ask_every == 0:
             for line in say_answers(model, tokenizer, device, step + 1):
                 if rank == 0:
@@ -464,7 +476,7 @@ COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "
 
 
 class Log:
-    """One line a step on stdout, and the same in log.csv, which a resumed run continues."""
+    """One line a step on stdout, and the same in log.csv, which a resumed run continues. curve.py draws it."""
 
     def __init__(self, args, start, steps):
         path = args.out / "log.csv"
@@ -476,10 +488,7 @@ class Log:
         self.csv.writerows([COLUMNS, *rows])
         self.file.flush()
         if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs `pip install wandb`") from None
+            import wandb
             self.wandb = wandb.init(project="nanoccra", dir=args.out, config={k: str(v) for k, v in vars(args).items()})
 
     def row(self, step, loss, lr, norm, tokens, samples, seconds, waited, work, device):
@@ -530,14 +539,18 @@ def epoch(args):
 def write_model(args, model, trained, tokenizer, course, dtype):
     """The trained model as a folder that from_pretrained reads, and train.json, which says how it came about.
 
-    All processes call it; the first one writes. Stage 1's is kept in float32, what stage 2 ends with in dtype.
+    All processes call it; the first one writes. What stage 2 ends with is in dtype. Stage 1 goes on: what it trained is
+    in float32, and the rest is written as it was found, since `save_precision` may have rounded it.
     """
-    tensors = {}
+    first, tensors = parallel.where()[0] == 0, {}
+    found = dict(build(args)[0].named_parameters()) if first and args.stage == 1 else {}
     for name, p in model.named_parameters():
         tensor = parallel.whole(p)              # one after the other: a card never holds the whole model
-        if parallel.where()[0] == 0:
-            tensors[name] = tensor.to("cpu", dtype if args.stage == 2 or name not in trained else torch.float32)
-    if parallel.where()[0] == 0:
+        if first and args.stage == 1:
+            tensors[name] = tensor.to("cpu", torch.float32) if name in trained else found[name].detach()
+        elif first:
+            tensors[name] = tensor.to("cpu", dtype)
+    if first:
         model.save_pretrained(args.out, tokenizer_file=tokenizer.file, tensors=tensors)
         text = json.dumps({**course, "model": choices(model)}, indent=1)
         write_beside(args.out / "train.json", lambda tmp: tmp.write_text(text + "\n"))
@@ -550,13 +563,13 @@ def main(argv=None):
     check_places(args)
     rank, size, device = parallel.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
-    dtype = autocast_dtype(device)
+    dtype = autocast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
     args.out.mkdir(parents=True, exist_ok=True)
     held = parallel.lock(args.out) if rank == 0 else None
-    course = settings(args, args.steps or math.ceil(len(dataset) / args.batch), len(dataset))
+    course = settings(args, dataset)
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
     if args.recompute:
         recompute(model)

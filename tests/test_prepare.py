@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -328,24 +329,35 @@ prepare.prepare({json!r}, {images!r}, {out!r}, {llm!r}, workers=2)
 """
 
 
+def open_files(pid):
+    """Paths of what a process has open; none once it has ended."""
+    found = []
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.append(link.readlink())
+    return found
+
+
 def test_a_run_that_was_killed_leaves_no_process_and_no_lock(world):
     program = SLOW.format(root=str(ROOT), json=str(world / "x.json"), images=str(world / "images"),
                           out=str(world / "out"), llm=str(LLM))
     run = subprocess.Popen([sys.executable, "-c", program])
-    reading = []
-    while len(reading) < 2:                             # its two reading processes are there
-        assert run.poll() is None
-        time.sleep(0.05)
+    reading, tmp, tic = [], world / "out.tmp", time.perf_counter()
+    while len(reading) < 2 or any(tmp in open_files(pid) for pid in reading):
+        assert run.poll() is None and time.perf_counter() < tic + 60
+        time.sleep(0.05)                                # until its two reading processes are there, without the lock
         reading = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert tmp in open_files(run.pid)
     run.kill()
     run.wait()
-    assert (world / "out.tmp").exists() and not (world / "out").exists()
+    assert tmp.exists() and not (world / "out").exists()
+    make(world)                                         # at once
+    assert (world / "out").exists() and not tmp.exists()
     tic = time.perf_counter()
-    while any(os.path.exists(f"/proc/{pid}/fd/0") for pid in reading):
+    while any(open_files(pid) for pid in reading):      # a process that has ended has none
         time.sleep(0.05)
         assert time.perf_counter() < tic + 20
-    make(world)
-    assert (world / "out").exists() and not (world / "out.tmp").exists()
 
 
 def test_inputs_that_are_not_there(world):
@@ -600,7 +612,7 @@ def trainable(tmp_path):
 
 def flags(model, world, out, *more):
     return ["--stage", "2", "--model", str(model), "--out", str(world / out), "--steps", "5", "--batch", "7", "--lr",
-            "1e-2", "--device", "cpu", "--workers", "0", *more]
+            "1e-2", "--device", "cpu", "--workers", "0", "--dtype", "float32", *more]
 
 
 def weights_of(world, out):
@@ -629,6 +641,19 @@ def test_a_grouped_run_goes_on_in_mid_epoch(model, trainable):
     assert log_of(trainable, "whole") == log_of(trainable, "parts") and len(log_of(trainable, "whole")) == 5
     one, two = weights_of(trainable, "whole"), weights_of(trainable, "parts")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_resume_is_of_the_same_json(model, trainable):
+    """As many records of the same lengths, but another answer: not the run that was begun."""
+    train.main(flags(model, trainable, "a", "--data", str(trainable / "out"), "--stop-after", "1"))
+    text = (trainable / "x.json").read_text()
+    (trainable / "x.json").write_text(text.replace("yes yes", "yes no", 1))
+    make(trainable, "out2")
+    with pytest.raises(UserError, match="is of a run with sha256_of_json [0-9a-f]{64}, not [0-9a-f]{64}; remove it"):
+        train.main(flags(model, trainable, "a", "--data", str(trainable / "out2")))
+    os.rename(trainable / "out", trainable / "moved")                       # the same folder in another place is fine
+    train.main(flags(model, trainable, "a", "--data", str(trainable / "moved")))
+    assert len(log_of(trainable, "a")) == 5
 
 
 def test_processes_stay_in_step_over_damaged_pictures(model, trainable):
