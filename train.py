@@ -53,7 +53,7 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
-TOY_STEPS = {1: 300, 2: 4000}
+TOY_STEPS = {1: 300, 2: 3600}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
               num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
@@ -323,10 +323,10 @@ def settings(args, dataset):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     n = len(dataset)
     prepared = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else {}
+    fuser = dict(fuser=args.fuser) if args.fuser else {}
     return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n, batch=args.batch,
                 lr=args.lr, warmup=args.warmup, seed=args.seed, max_length=args.max_length, mode=args.mode,
-                query=args.query, dtype=args.dtype, **prepared, **({"fuser": args.fuser} if args.fuser else {}),
-                **variant(args))
+                query=args.query, dtype=args.dtype, **prepared, **fuser, **variant(args))
 
 
 def recompute(model: VLM):
