@@ -12,11 +12,8 @@ makes of the scenes is computed once (out/study). Every finished run is a row of
 question, so that all tables come from that file; a run that was stopped goes on, and one repeated gives the same row.
 """
 import argparse
-import csv
 import hashlib
 import math
-import os
-import random
 import shutil
 import subprocess
 import sys
@@ -27,9 +24,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import eval as exams
@@ -37,14 +33,14 @@ import parallel
 import toy
 import train
 from ccra import NAMED, VLM
-from clip import CLIPVision, preprocess
+from clip import CLIPVision
+from findings import PILOT_SEEDS, SEEDS, read, show_tables
 from llama import Llama, Tokenizer
+from probes import KINDS, conversation, exam, show_probes, states
 from weights import UserError, autocast_dtype, run, write_beside
 
 OUT, RESULTS = Path("out/study"), Path("study/results.csv")
-STEPS, QUESTIONS, SEEDS, SWEEP_SEEDS, PILOT_SEEDS = (200, 900), 5000, 5, 3, (100, 101, 102)
-KINDS = toy.QUESTIONS + ["tint", "shade"]
-EXAM = 8                                     # toy.exam's seed: not the one that anything was chosen on
+STEPS, QUESTIONS, SWEEP_SEEDS = (150, 650), 5000, 3
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)
 ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {
@@ -60,58 +56,6 @@ SWEEPS = {"stage1 neutral": ("--stage1-ccra neutral", {}), "stage1 on": ("--stag
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The world: toy.py's, and two kinds of question about the background
-
-def ground(scene: toy.Scene) -> list[int]:
-    """The background's red, green and blue, as toy.draw draws it: each 190 to 245."""
-    rng = random.Random("background/" + scene.key)
-    return [rng.randint(190, 245) for _ in range(3)]
-
-
-def tint(scene: toy.Scene) -> str | None:
-    """The background's strongest colour; None where the second is as strong but for 6 levels of 255."""
-    low, high = sorted(ground(scene))[1:]
-    return ("red", "green", "blue")[ground(scene).index(high)] if high - low >= 6 else None
-
-
-def shade(scene: toy.Scene) -> str:
-    """How light the background is, in quarters of all scenes: 1 (dark) to 4."""
-    return str(1 + sum(sum(ground(scene)) >= edge for edge in (634, 653, 672)))
-
-
-def ask(scene: toy.Scene, kind: str, rng: random.Random) -> toy.Turn | None:
-    """A question of one of the two kinds."""
-    answer = tint(scene) if kind == "tint" else shade(scene)
-    text = {"tint": ["Which color is the background?", "What is the color of the background?"],
-            "shade": ["How light is the background?", "Tell me how light the background is."]}[kind]
-    return answer and toy.Turn(rng.choice(text), answer, answer)
-
-
-def conversation(scene: toy.Scene) -> list[tuple[str, str]]:
-    """toy.conversation's questions, with each of the two in half of the scenes, before or after; or, in a fifth of the
-    scenes that have one question, instead."""
-    rng, turns = random.Random("study/" + scene.key), toy.conversation(scene)
-    more = [turn for kind in rng.sample(["tint", "shade"], 2) if (turn := ask(scene, kind, rng))]
-    more = [(turn.question, turn.answer) for turn in more]
-    if len(turns) == 1:
-        return more[:1] if rng.random() < 0.2 else turns
-    for turn in more:
-        turns = [turns, turns + [turn], [turn] + turns][rng.choice([0, 0, 1, 2])]
-    return turns
-
-
-def exam(n: int) -> list[toy.Item]:
-    """n held-out questions, every kind equally often: toy.exam's, then those about backgrounds."""
-    items, i = toy.exam(EXAM, n * len(toy.QUESTIONS) // len(KINDS)), 0
-    while len(items) < n:
-        scene = toy.make_scene(f"test-study/{i}")
-        kind, i = KINDS[8 + len(items) % 2], i + 1
-        if turn := ask(scene, kind, random.Random("exam/" + scene.key)):
-            items.append(toy.Item(scene, kind, [turn], False, False))
-    return items
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The tower's features, once for all runs
 
 class Kept(nn.Module):
@@ -119,7 +63,7 @@ class Kept(nn.Module):
 
     def __init__(self, tower: CLIPVision):
         super().__init__()
-        self.config, self.grid, self.layers = tower.config, tower.grid, ()
+        self.config, self.grid, self.layers = tower.config, tower.grid, nn.ModuleList()
 
     def forward(self, kept: Tensor, n_layers: int) -> Tensor:
         """kept (B, L+1, 1+N, d) -> hidden (n_layers+1, B, 1+N, d), no copy."""
@@ -143,15 +87,6 @@ class Scenes(toy.ToyScenes):
         return data.item(self.sample(i), self.kept[i])
 
 
-@torch.no_grad()
-def states(tower: CLIPVision, scenes: list) -> Tensor:
-    """(B, L+1, 1+N, d) in bfloat16, of the tower in the number format and under the autocast that train.py has."""
-    dtype = autocast_dtype(torch.device("cpu"))
-    pixels = torch.stack([preprocess(toy.draw(s), tower.config.image_size, pad=True) for s in scenes])
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return tower.to(dtype)(pixels).transpose(0, 1).bfloat16()
-
-
 def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
     """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written where it isn't."""
     sha = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in tower.parameters())).hexdigest()[:8]
@@ -160,10 +95,9 @@ def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
 
     def write(tmp):
         with open(tmp, "wb") as file:
-            for rows in data.split(list(range(len(scenes))), batch):
+            for rows in tqdm(data.split(range(len(scenes)), batch), desc=str(path), unit="batch", file=sys.stderr):
                 part = states(tower, [scenes.scene(i) for i in rows])
                 file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
-                print(f"\r{path} {rows[-1] + 1}/{len(scenes)}", end="", file=sys.stderr, flush=True)
 
     with closing(wait_for(out)):               # another process may be writing it
         if not path.exists():
@@ -272,13 +206,19 @@ def arguments_of(name: str, seed: int, stage: int, args) -> argparse.Namespace:
                             "--threads", "1", "--workers", "0", "--save-every", "300", "--device", "cpu"])
 
 
-def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
-    """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
-    a, llm = arguments_of(name, seed, stage, args), Llama.from_pretrained(args.towers / "llama", dtype=torch.float32)
+def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VLM:
+    """The model that a run begins with: the seed decides the projector's and the fuser's first values."""
     config = replace(train.fuser_config(a, tower.config, llm.config), **(ROWS | SWEEPS)[name][1])
-    torch.manual_seed(seed)
+    torch.manual_seed(a.seed)
     model = VLM.build(tower, llm, config, query=a.query or "all")
     model.vision = Kept(tower)
+    return model
+
+
+def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
+    """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
+    a = arguments_of(name, seed, stage, args)
+    model = build(name, a, tower, Llama.from_pretrained(args.towers / "llama", dtype=torch.float32))
     if before:
         model.fuser.load_state_dict(before.fuser.state_dict())
         model.projector.load_state_dict(before.projector.state_dict())
@@ -323,12 +263,6 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a results.csv; none if there is no file."""
-    with open(path if path.exists() else os.devnull, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def wait_for(folder: Path) -> parallel.Lock:
     """parallel.lock, when nobody else has it any more."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -340,12 +274,11 @@ def wait_for(folder: Path) -> parallel.Lock:
 
 
 def add(path: Path, row: dict) -> None:
-    """A row more in results.csv. Written beside and renamed, and one process at a time. UserError if it's there with
-    another result: then something isn't the same any more."""
+    """A row more in results.csv, by one process at a time. UserError if it's there already with another result."""
     with closing(wait_for(path.parent)):
         rows = read(path)
         for old in rows:
-            if (old["row"], old["seed"], old["steps"]) == (row["row"], str(row["seed"]), row["steps"]):
+            if (old["row"], old["seed"]) == (row["row"], str(row["seed"])):
                 if old["right"] == row["right"]:
                     return
                 raise UserError(f"{path}: {row['row']}, seed {row['seed']} had accuracy {old['accuracy']} at "
@@ -358,19 +291,20 @@ def run_all(args):
     """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
     torch.set_num_threads(1)                   # threads change rounding
     todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
+    todo = [(name, seed) for name, seed in todo
+            if (not args.only or name in args.only) and (not args.seeds or seed in args.seeds)]
     for name, seed in todo:
-        done = {(row["row"], row["seed"]) for row in read(args.results)}
         folder = arguments_of(name, seed, 1, args).out.parent
-        if args.only and name not in args.only or not args.again and (name, str(seed)) in done:
-            continue
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held = parallel.lock(folder)
         except UserError:                      # another process is at it
             continue
         with closing(held):
-            if args.again:
-                shutil.rmtree(folder / "stage1", ignore_errors=True), shutil.rmtree(folder / "stage2", ignore_errors=True)
+            if not args.again and (name, str(seed)) in {(row["row"], row["seed"]) for row in read(args.results)}:
+                continue
+            for stage in (1, 2) if args.again else ():
+                shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
             row = finish(name, seed, args)
             if row is None:
                 return print("stopped; the same command goes on")
@@ -378,121 +312,6 @@ def run_all(args):
             for stage in (1, 2):
                 shutil.rmtree(folder / f"stage{stage}" / "checkpoints")
         print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}    # 97.5% of Student's t
-T80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941, 5: 0.920, 6: 0.906, 7: 0.896, 8: 0.889, 9: 0.883}   # 80%
-
-
-def error(d: Tensor) -> tuple[float, float]:
-    """(mean, standard error) of d (S, Q): seeds down, questions across.
-
-    Seeds and questions are both samples, and both are crossed: every seed answers every question. So the variance is
-    that of the seeds' means over S, plus that of the questions' means over Q. (What is due to neither is in both terms,
-    so it's a little too much.) With one seed only that of the questions is known.
-    """
-    S, Q = d.shape
-    seeds = d.mean(1).var().item() / S if S > 1 else 0.0
-    return d.mean().item(), math.sqrt(seeds + d.mean(0).var().item() / Q)
-
-
-def interval(d: Tensor) -> tuple[float, float]:
-    """(mean, half of the 95% interval): `error` times Student's t with S - 1 degrees of freedom."""
-    mean, e = error(d)
-    return mean, T[max(1, len(d) - 1)] * e
-
-
-def bits(row: dict) -> list[int]:
-    return [int(b) for b in f"{int(row['right'], 16):b}"[1:]]
-
-
-def collect(rows: list[dict], pilot=False) -> dict[str, dict[int, Tensor]]:
-    """{row: {seed: right (Q)}} in percent, of the study's seeds or of the pilot's."""
-    found = {}
-    for row in rows:
-        if (int(row["seed"]) in PILOT_SEEDS) == pilot:
-            found.setdefault(row["row"], {})[int(row["seed"])] = 100.0 * torch.tensor(bits(row))
-    if len({len(right) for seeds in found.values() for right in seeds.values()}) > 1:
-        raise UserError("results.csv: its rows were asked different numbers of questions")
-    return found
-
-
-def paired(a: dict[int, Tensor], b: dict[int, Tensor]) -> Tensor:
-    """a - b (S, Q), of the seeds that both have."""
-    seeds = sorted(a.keys() & b.keys())
-    return torch.stack([a[seed] - b[seed] for seed in seeds]) if seeds else torch.zeros(0, 1)
-
-
-def by_kind(Q: int) -> dict[str, list[int]]:
-    """{kind: its questions' places in `exam`}, and of all."""
-    old = Q * len(toy.QUESTIONS) // len(KINDS)
-    kinds = [KINDS[i % 8] if i < old else KINDS[8 + i % 2] for i in range(Q)]
-    return {"all": list(range(Q)), **{kind: [i for i in range(Q) if kinds[i] == kind] for kind in KINDS}}
-
-
-def lines(rows: dict[str, dict[int, Tensor]], base: dict[int, Tensor] | None) -> dict[str, tuple[int, dict]]:
-    """{row: (seeds, {kind: (mean, half)})}: accuracies, or paired differences from base."""
-    found, kinds = {}, by_kind(len(next(iter(next(iter(rows.values())).values()))))
-    for name, seeds in rows.items():
-        d = torch.stack([seeds[s] for s in sorted(seeds)]) if base is None else paired(seeds, base)
-        if len(d) and seeds is not base:
-            found[name] = len(d), {kind: interval(d[:, places]) for kind, places in kinds.items()}
-    return found
-
-
-def show(title: str, found: dict[str, tuple[int, dict]], mark=False) -> None:
-    """lines as markdown. mark: what excludes 0 is bold."""
-    print(f"\n{title}\n\n| row | seeds | " + " | ".join(["all"] + KINDS) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
-    for name, (seeds, cells) in found.items():
-        texts = [f"{mean:+.1f} ± {half:.1f}" if mark else f"{mean:.1f} ± {half:.1f}" for mean, half in cells.values()]
-        bold = [mark and seeds > 1 and abs(mean) > half for mean, half in cells.values()]
-        print(f"| {name} | {seeds} | " + " | ".join(f"**{t}**" if b else t for t, b in zip(texts, bold)) + " |")
-
-
-def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
-    """A column for each kind, a line for each row: the difference, its interval, and 0."""
-    left, top, width, line, fine = 130, 60, 110, 22, 2
-    image = Image.new("RGB", (fine * (left + width * (len(KINDS) + 1) + 10), fine * (top + line * len(found) + 20)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12 * fine)
-    most = max([abs(mean) + half for _, cells in found.values() for mean, half in cells.values()] + [1.0])
-    write = lambda x, y, text, anchor: pen.text((fine * x, fine * y), text, font=font, fill=(60, 60, 60), anchor=anchor)
-    write(10, 14, f"{title}; a column is {most:.1f} points wide to each side", "lm")
-    for column, kind in enumerate(["all"] + KINDS):
-        x = lambda value: fine * (left + width * (column + 0.5) + (width / 2 - 6) * value / most)
-        write(left + width * (column + 0.5), 42, kind, "mm")
-        pen.line([x(0), fine * top, x(0), fine * (top + line * len(found))], fill=(200, 200, 200), width=fine)
-        for i, (name, (_, cells)) in enumerate(found.items()):
-            y, (mean, half) = fine * (top + line * (i + 0.5)), cells[kind]
-            color = (31, 80, 160) if abs(mean) > half else (150, 150, 150)
-            pen.line([x(mean - half), y, x(mean + half), y], fill=color, width=2 * fine)
-            pen.ellipse([x(mean) - 3 * fine, y - 3 * fine, x(mean) + 3 * fine, y + 3 * fine], fill=color)
-            write(left - 8, top + line * (i + 0.5), name, "rm")
-    return image.resize((image.width // fine, image.height // fine), Image.LANCZOS)
-
-
-def show_tables(args):
-    table = read(args.results)
-    rows, pilot = collect(table), collect(table, pilot=True)
-    if pilot.keys() >= {"ccra", "llava"} and len(d := paired(pilot["llava"], pilot["ccra"])) > 1:
-        for kind, places in by_kind(d.shape[1]).items():
-            part, S = d[:, places], len(d)
-            e = math.sqrt(part.mean(1).var().item() / SEEDS + part.mean(0).var().item() / len(places))
-            print(f"pilot, {S} seeds, {kind}: llava - ccra = {part.mean():+.1f}; with {SEEDS} seeds a difference of "
-                  f"{(T[SEEDS - 1] + T80[SEEDS - 1]) * e:.1f} would be found in 80% of studies")
-    if not rows:
-        return print(f"{args.results}: no run of the study yet")
-    if args.base not in rows:
-        raise UserError(f"{args.results} has no row {args.base!r} to compare with")
-    found = lines(rows, rows[args.base])
-    show("Accuracy in percent, with its 95% interval", lines(rows, None))
-    show(f"Points more than {args.base}, paired; bold: the 95% interval excludes 0", found, mark=True)
-    path = args.results.parent / f"differences-from-{args.base.replace(' ', '-')}.png"
-    write_beside(path, lambda tmp: plot(found, f"points more than {args.base}").save(tmp, format="PNG"))
-    seconds = sum(float(row["train_s"]) + float(row["exam_s"]) for row in table)
-    print(f"\n{len(table)} runs, {seconds / 3600:.1f} hours of one core; drawn in {path}")
 
 
 def main(argv=None):
@@ -503,13 +322,19 @@ def main(argv=None):
     p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     p.add_argument("--n", type=int, default=3000, help="probe: scenes to learn from; half as many to test with")
     p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW", help="run: these rows alone")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
     p.add_argument("--pilot", action="store_true", help="run: ccra and llava with the pilot's seeds")
     p.add_argument("--again", action="store_true", help="run: also what has a row, which must come out the same")
     p.add_argument("--steps", type=int, nargs=2, default=STEPS, help="run: of stage 1 and 2 (default: %(default)s)")
     p.add_argument("--questions", type=int, default=QUESTIONS, help="run: how many (default: %(default)s)")
     p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
     args = p.parse_args(argv)
-    dict(probe=show_probes, run=run_all, table=show_tables)[args.command](args)
+    if args.command == "probe":
+        show_probes(args.towers / "clip", args.n)
+    elif args.command == "run":
+        run_all(args)
+    else:
+        show_tables(args.results, args.base)
 
 
 if __name__ == "__main__":
