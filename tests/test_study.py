@@ -1,4 +1,4 @@
-"""The study: probes find what was put there, kept features are the tower's, a run comes out twice, intervals by hand."""
+"""The study: probes find what is there, kept features are the tower's, a run comes out twice, an interval by hand."""
 import csv
 import math
 import random
