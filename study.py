@@ -40,7 +40,7 @@ from probes import KINDS, conversation, exam, show_probes, states
 from weights import UserError, autocast_dtype, run, write_beside
 
 OUT, RESULTS = Path("out/study"), Path("study/results.csv")
-STEPS, QUESTIONS, SWEEP_SEEDS = (150, 650), 5000, 3
+STEPS, QUESTIONS, SWEEP_SEEDS = (300, 600), 5000, 3
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)
 ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {
