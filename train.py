@@ -336,6 +336,11 @@ def recompute(model: VLM):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def adamw(trained, lr):
+    """LLaVA's: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)."""
+    return torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
 def train_step(model, batches, device, dtype, mode="on", counting=None):
     """Forward and backward of one global batch, given as this process's micro-batches.
 
@@ -579,8 +584,7 @@ def main(argv=None):
     mesh = parallel.layout(device, args.shard_size) if args.parallel == "fsdp" else None
     shared = parallel.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # LLaVA's AdamW: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = adamw(trained, args.lr)
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     checkpoints.check_room(trained)
     start = checkpoints.load(trained, optimizer, course)

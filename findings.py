@@ -1,0 +1,139 @@
+"""What do the runs of study.py say? Accuracies, paired differences, their intervals, a picture of them.
+
+    python study.py table
+
+Everything is told from results.csv, which has a bit for each question of each run.
+"""
+import csv
+import math
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import toy
+from probes import KINDS
+from weights import UserError, write_beside
+
+SEEDS, PILOT_SEEDS = 5, (100, 101, 102)
+# Quantiles of Student's t by degrees of freedom: what leaves 2.5% above it, and what leaves 20%
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941, 5: 0.920, 6: 0.906, 7: 0.896, 8: 0.889, 9: 0.883}
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a results.csv; none if there is no file."""
+    with open(path if path.exists() else os.devnull, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def error(d: Tensor) -> tuple[float, float]:
+    """(mean, standard error) of d (S, Q): seeds down, questions across.
+
+    Seeds and questions are both samples, and both are crossed: every seed answers every question. So the variance is
+    that of the seeds' means over S, plus that of the questions' means over Q. (What is due to neither is in both terms,
+    so it's a little too much.) With one seed only that of the questions is known.
+    """
+    S, Q = d.shape
+    seeds = d.mean(1).var().item() / S if S > 1 else 0.0
+    return d.mean().item(), math.sqrt(seeds + d.mean(0).var().item() / Q)
+
+
+def interval(d: Tensor) -> tuple[float, float]:
+    """(mean, half of the 95% interval): `error` times Student's t with S - 1 degrees of freedom."""
+    mean, e = error(d)
+    return mean, T[max(1, len(d) - 1)] * e
+
+
+def bits(row: dict) -> list[int]:
+    return [int(b) for b in f"{int(row['right'], 16):b}"[1:]]
+
+
+def collect(rows: list[dict], pilot=False) -> dict[str, dict[int, Tensor]]:
+    """{row: {seed: right (Q)}} in percent, of the study's seeds or of the pilot's."""
+    if len({(row["steps"], row["questions"]) for row in rows}) > 1:
+        raise UserError("results.csv: its rows are of different numbers of steps or questions, which don't compare")
+    found = {}
+    for row in rows:
+        if (int(row["seed"]) in PILOT_SEEDS) == pilot:
+            found.setdefault(row["row"], {})[int(row["seed"])] = 100.0 * torch.tensor(bits(row))
+    return found
+
+
+def paired(a: dict[int, Tensor], b: dict[int, Tensor]) -> Tensor:
+    """a - b (S, Q), of the seeds that both have."""
+    seeds = sorted(a.keys() & b.keys())
+    return torch.stack([a[seed] - b[seed] for seed in seeds]) if seeds else torch.zeros(0, 1)
+
+
+def by_kind(Q: int) -> dict[str, list[int]]:
+    """{kind: its questions' places in `exam`}, and of all."""
+    old = Q * len(toy.QUESTIONS) // len(KINDS)
+    kinds = [KINDS[i % 8] if i < old else KINDS[8 + i % 2] for i in range(Q)]
+    return {"all": list(range(Q)), **{kind: [i for i in range(Q) if kinds[i] == kind] for kind in KINDS}}
+
+
+def lines(rows: dict[str, dict[int, Tensor]], base: dict[int, Tensor] | None) -> dict[str, tuple[int, dict]]:
+    """{row: (seeds, {kind: (mean, half)})}: accuracies, or paired differences from base."""
+    found, kinds = {}, by_kind(len(next(iter(next(iter(rows.values())).values()))))
+    for name, seeds in rows.items():
+        d = torch.stack([seeds[s] for s in sorted(seeds)]) if base is None else paired(seeds, base)
+        if len(d) and seeds is not base:
+            found[name] = len(d), {kind: interval(d[:, places]) for kind, places in kinds.items()}
+    return found
+
+
+def show(title: str, found: dict[str, tuple[int, dict]], mark=False) -> None:
+    """lines as markdown. mark: what excludes 0 is bold."""
+    print(f"\n{title}\n\n| row | seeds | " + " | ".join(["all"] + KINDS) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
+    for name, (seeds, cells) in found.items():
+        texts = [f"{mean:+.1f} ± {half:.1f}" if mark else f"{mean:.1f} ± {half:.1f}" for mean, half in cells.values()]
+        bold = [mark and seeds > 1 and abs(mean) > half for mean, half in cells.values()]
+        print(f"| {name} | {seeds} | " + " | ".join(f"**{t}**" if b else t for t, b in zip(texts, bold)) + " |")
+
+
+def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
+    """A column for each kind, a line for each row: the difference, its interval, and 0."""
+    left, top, width, line, fine = 130, 60, 110, 22, 2
+    size = fine * (left + width * (len(KINDS) + 1) + 10), fine * (top + line * len(found) + 20)
+    image = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12 * fine)
+    most = max([abs(mean) + half for _, cells in found.values() for mean, half in cells.values()] + [1.0])
+    write = lambda x, y, text, anchor: pen.text((fine * x, fine * y), text, font=font, fill=(60, 60, 60), anchor=anchor)
+    write(10, 14, f"{title}; a column is {most:.1f} points wide to each side", "lm")
+    for column, kind in enumerate(["all"] + KINDS):
+        x = lambda value: fine * (left + width * (column + 0.5) + (width / 2 - 6) * value / most)
+        write(left + width * (column + 0.5), 42, kind, "mm")
+        pen.line([x(0), fine * top, x(0), fine * (top + line * len(found))], fill=(200, 200, 200), width=fine)
+        for i, (name, (_, cells)) in enumerate(found.items()):
+            y, (mean, half) = fine * (top + line * (i + 0.5)), cells[kind]
+            color = (31, 80, 160) if abs(mean) > half else (150, 150, 150)
+            pen.line([x(mean - half), y, x(mean + half), y], fill=color, width=2 * fine)
+            pen.ellipse([x(mean) - 3 * fine, y - 3 * fine, x(mean) + 3 * fine, y + 3 * fine], fill=color)
+            write(left - 8, top + line * (i + 0.5), name, "rm")
+    return image.resize((image.width // fine, image.height // fine), Image.LANCZOS)
+
+
+def show_tables(results: Path, base: str) -> None:
+    """Print the tables of a results.csv, and draw the differences from the row `base` beside it."""
+    table = read(results)
+    rows, pilot = collect(table), collect(table, pilot=True)
+    if pilot.keys() >= {"ccra", "llava"} and len(d := paired(pilot["llava"], pilot["ccra"])) > 1:
+        for kind, places in by_kind(d.shape[1]).items():
+            part, S = d[:, places], len(d)
+            e = math.sqrt(part.mean(1).var().item() / SEEDS + part.mean(0).var().item() / len(places))
+            print(f"pilot, {S} seeds, {kind}: llava - ccra = {part.mean():+.1f}; with {SEEDS} seeds a difference of "
+                  f"{(T[SEEDS - 1] + T80[SEEDS - 1]) * e:.1f} would be found in 80% of studies")
+    if not rows:
+        return print(f"{results}: no run of the study yet")
+    if base not in rows:
+        raise UserError(f"{results} has no row {base!r} to compare with")
+    found = lines(rows, rows[base])
+    show("Accuracy in percent, with its 95% interval", lines(rows, None))
+    show(f"Points more than {base}, paired; bold: the 95% interval excludes 0", found, mark=True)
+    path = results.parent / f"differences-from-{base.replace(' ', '-')}.png"
+    write_beside(path, lambda tmp: plot(found, f"points more than {base}").save(tmp, format="PNG"))
+    seconds = sum(float(row["train_s"]) + float(row["exam_s"]) for row in table)
+    print(f"\n{len(table)} runs, {seconds / 3600:.1f} hours of one core; drawn in {path}")

@@ -1,0 +1,256 @@
+"""Does it work? The paper's comparisons again, in the embedded world, on two CPU cores. The protocol: docs/study.md.
+
+    python study.py probe                 what every layer of the tower knows: whether layers can matter at all
+    python study.py run                   the runs that are not done yet; start it once for each core
+    python study.py run --pilot           2 fusers x 3 seeds of their own: what difference can be seen at all
+    python study.py table                 accuracy by kind, paired differences, study/*.png
+
+The towers are those of `python toy.py retrain`, frozen. The scenes are toy.py's, pixel for pixel; its eight kinds of
+question are answered from deep layers, so two kinds about the background, which deep layers forget, are asked as well.
+A run is both stages by train.py's functions, short, then 5,000 questions by eval.py's, the same for all. What the tower
+makes of the scenes is computed once (out/study). Every finished run is a row of study/results.csv, with a bit for each
+question, so that all tables come from that file; a run that was stopped goes on, and one repeated gives the same row.
+"""
+import argparse
+import hashlib
+import math
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import closing, redirect_stdout
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import eval as exams
+import parallel
+import toy
+import train
+from ccra import NAMED, VLM
+from clip import CLIPVision
+from findings import PILOT_SEEDS, SEEDS, read, show_tables
+from llama import Llama, Tokenizer
+from probes import KINDS, conversation, exam, show_probes, states
+from weights import UserError, autocast_dtype, run, write_beside
+
+OUT, RESULTS = Path("out/study"), Path("study/results.csv")
+STEPS, QUESTIONS, SWEEP_SEEDS = (300, 600), 5000, 3
+
+# name: (train.py's flags, fields of the fuser's configuration that have none)
+ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {
+    "decoupled": ("--order decoupled", {}), "shuffled": ("--order shuffled", {}),
+    **{f"without {part}": (f"--off {part}", {}) for part in ("lpwca", "lwca", "pwca", "smooth")},
+    "token": ("--norm token", {}), "stack": ("--norm stack", {}),
+    "token without": ("--norm token --off lpwca pwca", {})}
+SWEEPS = {"stage1 neutral": ("--stage1-ccra neutral", {}), "stage1 on": ("--stage1-ccra on", {}),
+          "query sofar": ("--query sofar", {}), "query first": ("--query first", {}),
+          "anchor -2": ("", dict(anchor_layer=-2)),
+          **{f"d_hidden {n}": ("", dict(d_hidden=n)) for n in (16, 256)},
+          **{f"kernel {n}": ("", dict(kernel_size=n)) for n in (3, 7)}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tower's features, once for all runs
+
+class Kept(nn.Module):
+    """In the place of a tower whose states were computed before: what a VLM takes for pixels are those states."""
+
+    def __init__(self, tower: CLIPVision):
+        super().__init__()
+        self.config, self.grid, self.layers = tower.config, tower.grid, nn.ModuleList()
+
+    def forward(self, kept: Tensor, n_layers: int) -> Tensor:
+        """kept (B, L+1, 1+N, d) -> hidden (n_layers+1, B, 1+N, d), no copy."""
+        return kept.transpose(0, 1)[:n_layers + 1]
+
+
+class Scenes(toy.ToyScenes):
+    """toy.ToyScenes with the study's questions, and the tower's states for pixels."""
+
+    def __init__(self, stage: int, n: int, tokenizer, tower: CLIPVision, out: Path, size=toy.SIZE):
+        super().__init__(f"study{stage}", n, stage, tokenizer, size)
+        self.kept = features(self, tower, out)
+
+    @cache                                     # noqa: B019 (one object a process, and train.py wants lengths first)
+    def sample(self, i):
+        turns = conversation(self.scene(i)) if self.stage == 2 else []
+        record = toy.record(turns or [("Describe the picture.", toy.caption(self.scene(i)))], image="toy")
+        return data.render(record, self.tokenizer, "plain" if self.stage == 1 else "v1")
+
+    def __getitem__(self, i):
+        return data.item(self.sample(i), self.kept[i])
+
+
+def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
+    """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written where it isn't."""
+    sha = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in tower.parameters())).hexdigest()[:8]
+    path = out / f"{scenes.split}-{len(scenes)}-{sha}.bfloat16"
+    shape = len(scenes), len(tower.layers) + 1, tower.grid ** 2 + 1, tower.config.hidden_size
+
+    def write(tmp):
+        with open(tmp, "wb") as file:
+            for rows in tqdm(data.split(range(len(scenes)), batch), desc=str(path), unit="batch", file=sys.stderr):
+                part = states(tower, [scenes.scene(i) for i in rows])
+                file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+
+    with closing(wait_for(out)):               # another process may be writing it
+        if not path.exists():
+            write_beside(path, write)
+    return torch.from_file(str(path), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def plan() -> list[tuple[str, int]]:
+    """(row, seed) of all runs, seed by seed, so that a study that is cut short has all rows."""
+    return [(name, seed) for seed in range(SEEDS) for name in [*ROWS, *(SWEEPS if seed < SWEEP_SEEDS else ())]]
+
+
+def arguments_of(name: str, seed: int, stage: int, args) -> argparse.Namespace:
+    """train.py's, of one stage of a run."""
+    flags = (ROWS | SWEEPS)[name][0].split()
+    return train.arguments(["--stage", str(stage), "--seed", str(seed), "--steps", str(args.steps[stage - 1]), *flags,
+                            "--out", str(args.out / "runs" / f"{name}-{seed}".replace(" ", "-") / f"stage{stage}"),
+                            "--threads", "1", "--workers", "0", "--save-every", "300", "--device", "cpu"])
+
+
+def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VLM:
+    """The model that a run begins with: the seed decides the projector's and the fuser's first values."""
+    config = replace(train.fuser_config(a, tower.config, llm.config), **(ROWS | SWEEPS)[name][1])
+    torch.manual_seed(a.seed)
+    model = VLM.build(tower, llm, config, query=a.query or "all")
+    model.vision = Kept(tower)
+    return model
+
+
+def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
+    """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
+    a = arguments_of(name, seed, stage, args)
+    model = build(name, a, tower, Llama.from_pretrained(args.towers / "llama", dtype=torch.float32))
+    if before:
+        model.fuser.load_state_dict(before.fuser.state_dict())
+        model.projector.load_state_dict(before.projector.state_dict())
+    tokenizer = Tokenizer.from_pretrained(args.towers / "llama")
+    scenes = Scenes(stage, a.steps * a.batch, tokenizer, tower, args.out, tower.config.image_size)
+    a.out.mkdir(parents=True, exist_ok=True)
+    course, cpu = train.settings(a, scenes), torch.device("cpu")
+    dtype = autocast_dtype(cpu)
+    trained = train.freeze(model, stage, a.mode)
+    train.save_precision(trained, model, dtype)
+    optimizer = train.adamw(trained, a.lr)
+    start = parallel.Checkpoints(a.out / "checkpoints", a.keep).load(trained, optimizer, course)
+    with open(a.out / "steps.txt", "a") as file, redirect_stdout(file):
+        done = train.loop(a, model, trained, optimizer, scenes, tokenizer, course, start, 0, 1, cpu, dtype)
+    return model if done else None
+
+
+def finish(name: str, seed: int, args) -> dict | None:
+    """One run: both stages, then the exam. Its row of results.csv, or None if SIGTERM came."""
+    began, tower, model = time.perf_counter(), CLIPVision.from_pretrained(args.towers / "clip"), None
+    tower.to(autocast_dtype(torch.device("cpu"))).requires_grad_(False)
+    for stage in (1, 2):
+        if not (model := train_stage(stage, name, seed, args, tower, model)):
+            return None
+    trained = time.perf_counter() - began
+    model.vision, items = tower, exam(args.questions)
+    model = model.float().eval()               # as eval.py and sample.py take a model of this size on a CPU
+    texts = exams.sit(model, Tokenizer.from_pretrained(args.towers / "llama"), items, 100, torch.device("cpu"))
+    right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
+    share = {kind: [ok for ok, item in zip(right, items) if item.kind == kind] for kind in KINDS}
+    flags, fields = (ROWS | SWEEPS)[name]
+    return dict(row=name, seed=seed, config=" ".join([flags, *(f"{k}={v}" for k, v in fields.items())]).strip(),
+                steps="+".join(map(str, args.steps)), questions=len(items), accuracy=f"{sum(right) / len(right):.4f}",
+                **{kind: f"{sum(ok) / len(ok):.4f}" for kind, ok in share.items()}, train_s=f"{trained:.0f}",
+                exam_s=f"{time.perf_counter() - began - trained:.0f}", commit=commit(),
+                right=f"{int('1' + ''.join(str(int(ok)) for ok in right), 2):x}")
+
+
+def commit() -> str:
+    """The commit that the code is of, with "+" if it was changed since."""
+    git = lambda *words: subprocess.run(["git", "-C", str(toy.ROOT), *words], capture_output=True, text=True).stdout
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
+
+
+def wait_for(folder: Path) -> parallel.Lock:
+    """parallel.lock, when nobody else has it any more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            return parallel.lock(folder)
+        except UserError:
+            time.sleep(0.2)
+
+
+def add(path: Path, row: dict) -> None:
+    """A row more in results.csv, by one process at a time. UserError if it's there already with another result."""
+    with closing(wait_for(path.parent)):
+        rows = read(path)
+        for old in rows:
+            if (old["row"], old["seed"]) == (row["row"], str(row["seed"])):
+                if old["right"] == row["right"]:
+                    return
+                raise UserError(f"{path}: {row['row']}, seed {row['seed']} had accuracy {old['accuracy']} at "
+                                f"{old['commit']}, now {row['accuracy']}: not the same code, towers or machine")
+        lines = [row.keys(), *([line[key] for key in row] for line in [*rows, row])]
+        write_beside(path, lambda tmp: tmp.write_text("".join(",".join(map(str, line)) + "\n" for line in lines)))
+
+
+def run_all(args):
+    """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
+    torch.set_num_threads(1)                   # threads change rounding
+    todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
+    todo = [(name, seed) for name, seed in todo
+            if (not args.only or name in args.only) and (not args.seeds or seed in args.seeds)]
+    for name, seed in todo:
+        folder = arguments_of(name, seed, 1, args).out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = parallel.lock(folder)
+        except UserError:                      # another process is at it
+            continue
+        with closing(held):
+            if not args.again and (name, str(seed)) in {(row["row"], row["seed"]) for row in read(args.results)}:
+                continue
+            for stage in (1, 2) if args.again else ():
+                shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
+            row = finish(name, seed, args)
+            if row is None:
+                return print("stopped; the same command goes on")
+            add(args.results, row)
+            for stage in (1, 2):
+                shutil.rmtree(folder / f"stage{stage}" / "checkpoints")
+        print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=("probe", "run", "table"))
+    p.add_argument("--towers", type=Path, default=toy.OUT, help="the folder with clip and llama (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=OUT, help="for features and unfinished runs (default: %(default)s)")
+    p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    p.add_argument("--n", type=int, default=3000, help="probe: scenes to learn from; half as many to test with")
+    p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW", help="run: these rows alone")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
+    p.add_argument("--pilot", action="store_true", help="run: ccra and llava with the pilot's seeds")
+    p.add_argument("--again", action="store_true", help="run: also what has a row, which must come out the same")
+    p.add_argument("--steps", type=int, nargs=2, default=STEPS, help="run: of stage 1 and 2 (default: %(default)s)")
+    p.add_argument("--questions", type=int, default=QUESTIONS, help="run: how many (default: %(default)s)")
+    p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
+    args = p.parse_args(argv)
+    if args.command == "probe":
+        show_probes(args.towers / "clip", args.n)
+    elif args.command == "run":
+        run_all(args)
+    else:
+        show_tables(args.results, args.base)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,169 @@
+"""The study: probes find what is there, kept features are the tower's, a run comes out twice, an interval by hand."""
+import csv
+import math
+import random
+import shutil
+
+import pytest
+import torch
+
+import findings
+import probes
+import study
+import toy
+from clip import CLIPVision
+from llama import Llama, Tokenizer
+from weights import UserError, autocast_dtype
+
+
+def test_a_probe_finds_what_was_put_there_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (600,), generator=g)
+    noise = torch.randn(600, 8, generator=g)
+    planted = noise + 4 * torch.eye(3, 8)[y]
+    assert probes.probe(planted[:400], y[:400], planted[400:], y[400:]) > 0.95
+    assert abs(probes.probe(noise[:400], y[:400], noise[400:], y[400:]) - 1 / 3) < 0.1
+
+
+def test_the_background_is_what_toy_draws():
+    for i in range(30):
+        scene = toy.make_scene(f"ground/{i}")
+        often, color = max(toy.draw(scene).getcolors(toy.SIZE ** 2))
+        assert list(color) == probes.ground(scene)
+        assert probes.tint(scene) in (None, ("red", "green", "blue")[color.index(max(color))])
+
+
+def test_the_exam_is_balanced_and_held_out():
+    items = probes.exam(600)
+    places = findings.by_kind(600)
+    assert all({items[i].kind for i in places[kind]} == {kind} and len(places[kind]) == 60 for kind in probes.KINDS)
+    for kind, most in (("tint", 0.55), ("shade", 0.45)):
+        short = [items[i].turns[-1].short for i in places[kind]]
+        assert max(map(short.count, short)) < most * len(short)
+    assert all(item.scene.key.startswith("test") for item in items)
+    spoken = [turn for i in range(400) for turn in probes.conversation(toy.make_scene(f"train/{i}"))]
+    about = sum("background" in question for question, _ in spoken)
+    assert 0.1 < about / len(spoken) < 0.3
+
+
+@pytest.fixture(scope="module")
+def world(towers, tmp_path_factory):
+    """A place to work, and the tiny towers."""
+    return dict(out=tmp_path_factory.mktemp("study"), towers=towers, tower=CLIPVision.from_pretrained(towers / "clip"),
+                tokenizer=Tokenizer.from_pretrained(towers / "llama"))
+
+
+def test_kept_features_are_the_towers(world, one_thread):
+    scenes = study.Scenes(2, 60, world["tokenizer"], world["tower"], world["out"], size=32)
+    batch = torch.stack([scenes[i]["pixels"] for i in (3, 50, 7)])                       # (B, L+1, 1+N, d)
+    pixels = torch.stack([toy.preprocess(toy.draw(scenes.scene(i)), 32, pad=True) for i in (3, 50, 7)])
+    with torch.no_grad():
+        hidden = world["tower"].float()(pixels)                                          # (L+1, B, 1+N, d)
+    for n in (2, 3):
+        kept = study.Kept(world["tower"])(batch, n)
+        assert kept.shape == hidden[:n + 1].shape and (kept - hidden[:n + 1]).norm() < 0.02 * hidden.norm()
+    before = scenes.kept.clone()
+    assert torch.equal(study.features(scenes, world["tower"].float(), world["out"]), before)     # from the file
+    asked = [question for i in range(60) for question, _ in probes.conversation(scenes.scene(i))]
+    assert any("background" in question for question in asked) and scenes.sample(3) is scenes.sample(3)
+
+
+def command(world, *words):
+    study.main(["run", "--towers", str(world["towers"]), "--out", str(world["out"]), "--results",
+                str(world["out"] / "results.csv"), "--steps", "2", "2", "--questions", "20", "--seeds", "0", *words])
+    return findings.read(world["out"] / "results.csv")
+
+
+def test_a_run_comes_out_twice_and_none_is_done_twice(world, one_thread, monkeypatch, capsys):
+    rows = command(world, "--only", "ccra", "anchor -2")
+    assert [(row["row"], row["seed"], row["config"]) for row in rows] == \
+        [("ccra", "0", "--fuser ccra"), ("anchor -2", "0", "anchor_layer=-2")]
+    assert float(rows[0]["accuracy"]) == sum(findings.bits(rows[0])) / 20 and len(findings.bits(rows[0])) == 20
+    folder = world["out"] / "runs" / "ccra-0"
+    losses = (folder / "stage2" / "log.csv").read_text()
+    capsys.readouterr()
+    assert command(world, "--only", "ccra") == rows and "accuracy" not in capsys.readouterr().out    # nothing to do
+    monkeypatch.setattr(study, "add", lambda path, row: again.append(row))
+    again = []
+    command(world, "--only", "ccra", "--again")
+    assert again[0]["right"] == rows[0]["right"] and findings.read(world["out"] / "results.csv") == rows
+    of_step = lambda text: [row[:4] for row in csv.reader(text.splitlines())]            # but for speeds
+    assert of_step((folder / "stage2" / "log.csv").read_text()) == of_step(losses)
+
+
+def test_a_row_that_differs_is_refused_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "results.csv"
+    row = dict(row="ccra", seed=0, steps="2+2", questions=4, accuracy="0.5000", commit="abc", right="1a")
+    study.add(path, row)
+    study.add(path, row)
+    study.add(path, {**row, "seed": 1})
+    assert [r["seed"] for r in findings.read(path)] == ["0", "1"] and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(UserError, match="had accuracy 0.5000 at abc, now 0.2500"):
+        study.add(path, {**row, "right": "11", "accuracy": "0.2500"})
+    assert len(findings.read(path)) == 2
+
+
+def test_the_interval_against_one_worked_out_by_hand():
+    # Two seeds, four questions. Seeds' means 1/2 and 0: variance 1/8, over 2 -> 1/16. Questions' means 1, 0, 1/2, -1/2:
+    # mean 1/4, squares 9/16, 1/16, 1/16, 9/16, variance 20/16/3 = 5/12, over 4 -> 5/48. Together 1/6.
+    a = {0: torch.tensor([1.0, 1, 1, 0]), 1: torch.tensor([1.0, 0, 0, 0]), 2: torch.ones(4)}
+    b = {0: torch.tensor([0.0, 1, 0, 0]), 1: torch.tensor([0.0, 0, 0, 1])}
+    d = findings.paired(a, b)
+    assert d.tolist() == [[1, 0, 1, 0], [1, 0, 0, -1]]
+    mean, half = findings.interval(d)
+    assert mean == 0.25 and half == pytest.approx(12.706 * math.sqrt(1 / 6), rel=1e-4)
+
+
+def test_the_interval_holds_what_it_says():
+    """Of 400 studies of a true difference of 0, by seeds and by questions that both vary, 5% at most exclude it."""
+    g, excluded = torch.Generator().manual_seed(1), 0
+    for _ in range(400):
+        d = torch.randn(5, 1, generator=g) * 0.1 + torch.randn(1, 300, generator=g) + torch.randn(5, 300, generator=g)
+        mean, half = findings.interval(d)
+        excluded += abs(mean) > half
+    assert excluded / 400 <= 0.06
+
+
+def test_the_tables(tmp_path, capsys):
+    rng = random.Random(0)
+    for name, chance in (("ccra", 0.9), ("llava", 0.3)):
+        for seed in (0, 1, 2, *findings.PILOT_SEEDS):
+            right = "".join(str(int(rng.random() < chance)) for _ in range(200))
+            study.add(tmp_path / "results.csv", dict(row=name, seed=seed, steps="2+2", questions=200, accuracy=0,
+                                                     train_s=1, exam_s=1, commit="", right=f"{int('1' + right, 2):x}"))
+    study.main(["table", "--results", str(tmp_path / "results.csv")])
+    out = capsys.readouterr().out
+    assert "| ccra | 3 | " in out and "| llava | 3 | **-" in out and "pilot, 3 seeds, all: llava - ccra = -" in out
+    assert (tmp_path / "differences-from-ccra.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="no row 'dci'"):
+        study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
+
+
+def test_every_row_is_the_model_it_says(tmp_path):
+    args = study.argparse.Namespace(steps=(2, 2), out=tmp_path)
+    names = [name for name, _ in study.plan()]
+    assert names.count("ccra") == study.SEEDS and names.count("anchor -2") == study.SWEEP_SEEDS
+    tower, llm = CLIPVision(toy.clip_config(64)[0]), Llama(toy.llama_config(64))
+    models = {name: study.build(name, study.arguments_of(name, 7, 2, args), tower, llm)
+              for name in study.ROWS | study.SWEEPS}
+    said = {name: (model.fuser.name, model.fuser.config, model.query) for name, model in models.items()}
+    stage1 = {name: study.arguments_of(name, 7, 1, args).mode for name in models}
+    for name in models:           # no two rows are the same, except in how stage 1 goes
+        assert [other for other in models if said[other] == said[name] and stage1[other] == stage1[name]] == [name]
+    assert said["kernel 7"][1].kernel_size == 7 and said["query first"][2] == "first" and stage1["stage1 on"] == "on"
+    first = [models[name].fuser.scorer.q.weight for name in ("ccra", "token")]
+    assert torch.equal(*first)    # the same first values, as far as shapes allow
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(world, one_thread, monkeypatch):
+    args = study.argparse.Namespace(towers=world["towers"], out=world["out"] / "stopped", steps=(3, 3))
+    tower = world["tower"].to(autocast_dtype(torch.device("cpu")))
+    whole = study.train_stage(2, "ccra", 1, args, tower, None)
+    shutil.rmtree(args.out / "runs")
+    original = study.arguments_of
+    monkeypatch.setattr(study, "arguments_of", lambda *a: stop_after(original(*a)))
+    stop_after = lambda a: setattr(a, "stop_after", 2) or a
+    assert study.train_stage(2, "ccra", 1, args, tower, None) is None
+    monkeypatch.setattr(study, "arguments_of", original)
+    resumed = study.train_stage(2, "ccra", 1, args, tower, None)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
