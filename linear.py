@@ -35,28 +35,30 @@ FEW, FEW_INT8 = 3, 16   # rows up to which PyTorch's kernels, which take the row
 _scratch = torch.empty(0)
 
 
-def scratch(*shape: int) -> Tensor:
-    """float32 memory to compute in, always the same: fresh memory costs more than the conversion into it."""
+def scratch(*shape: int, dtype=torch.float32) -> Tensor:
+    """Memory to compute in, always the same: fresh memory costs more than the conversion into it."""
     global _scratch
     n = torch.Size(shape).numel()
     if len(_scratch) < n:
         with torch.inference_mode(False):
             _scratch = torch.empty(n)
-    return _scratch[:n].view(shape)
+    return _scratch[:n].view(dtype)[:n].view(shape)
 
 
 def blocks(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (O, D), half precision or int8, by way of float32 -> (..., O), like x.
 
-    scale (O): what each row of the weight is to be multiplied with.
+    scale (O): what each row of the weight is to be multiplied with. Where x's own dtype is multiplied in hardware, an
+    int8 weight goes by way of that: its numbers fit into it exactly.
     """
-    rows = x.reshape(-1, x.shape[-1]).float()                                        # (R, D)
+    through = torch.float32 if x.dtype in SLOW else x.dtype
+    rows = x.reshape(-1, x.shape[-1]).to(through)                                    # (R, D)
     y = x.new_empty(len(rows), len(weight))                                          # (R, O)
     step = max(1, BLOCK // weight.shape[1])
     for at in range(0, len(weight), step):
         part = weight[at:at + step]
-        product = rows @ scratch(*part.shape).copy_(part).t()                        # (R, step)
-        y[:, at:at + step] = product if scale is None else product * scale[at:at + step].float()
+        product = rows @ scratch(*part.shape, dtype=through).copy_(part).t()         # (R, step)
+        y[:, at:at + step] = product if scale is None else product.float() * scale[at:at + step].float()
     return y.view(*x.shape[:-1], -1)
 
 
@@ -130,7 +132,7 @@ class Int8(nn.Module):
     """A weight (O, D) as int8 times one scale per output: w = q * scale, |q| <= 127, at most half a scale off.
 
     The scale is kept, and divided by, in bfloat16, which the kernel wants, so its rounding costs no exactness. For up
-    to FEW_INT8 rows that kernel reads the bytes and rounds x to bfloat16; more rows go by way of float32.
+    to FEW_INT8 rows that kernel reads the bytes and rounds x to bfloat16; more rows go by `blocks`.
     """
 
     def __init__(self, weights: list[Tensor]):
