@@ -330,7 +330,7 @@ def start(arguments, size):
 
 
 def test_killed_and_resumed_by_others(data, model, whole, tmp_path):
-    """Two processes are killed at work, three go on: results.json and all answers are those of one process."""
+    """Two processes are killed at work, four go on: results.json and all answers are those of one process."""
     tasks = ["pope", "mmvet"]
     arguments = command(data, model, tmp_path, tasks=tasks)
     alone = json.loads((whole / "results.json").read_text())
@@ -346,7 +346,7 @@ def test_killed_and_resumed_by_others(data, model, whole, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["tasks"] == {}          # whose answers these are
     with fails("limit 0, not 1", "--out"):
         evaluation.main(arguments + ["--limit", "1"])
-    for process in (running := start(arguments, 3)):
+    for process in (running := start(arguments, 4)):
         assert process.wait(300) == 0, process.stderr.read()
     content = json.loads(results(tmp_path))
     assert content["tasks"] == {task: alone["tasks"][task] for task in SCORERS if task in tasks}
