@@ -709,8 +709,8 @@ def text_rows(tokenizer, step, batch):
 
     First repeated sequences of random names: to predict the second half is to find the earlier token and copy what
     followed it, and that head is what every later question needs. Then scenes as text, as captions of grids ("plain",
-    like stage 1) or with a conversation ("v1"), told in one of three ways. They are small at first and grow: what finds the asked thing among two
-    carries over to more.
+    like stage 1) or with a conversation ("v1"), told in one of three ways. They are small at first and grow: what finds
+    the asked thing among two carries over to more.
     """
     rng = random.Random(f"text/{step}")
     if step < REPEATS:
