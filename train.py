@@ -53,7 +53,7 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
-TOY_STEPS = {1: 300, 2: 3600}
+TOY_STEPS = {1: 300, 2: 6500}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
               num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
