@@ -30,6 +30,7 @@ FAST = {torch.bfloat16: autocast_dtype(torch.device("cpu")) == torch.bfloat16,
 SLOW = {dtype for dtype in HALF if not FAST[dtype]}       # what this CPU multiplies by way of float32 only
 BLOCK = 2 ** 21         # numbers of W turned into float32 at a time: 8 MB
 WIDTH = 64              # outputs that one pass of FBGEMM's kernel keeps in registers; 128 take half as long again
+STRIPS = 64             # of so many outputs in one call: few, so that which line comes when stays in the cache
 FEW, FEW_INT8 = 3, 16   # rows up to which PyTorch's kernels, which take the rows one by one, beat `blocks`
 
 _scratch = torch.empty(0)
@@ -94,7 +95,7 @@ class Columns(nn.Module):
         super().__init__()
         D, self.width = weights[0].shape[1], sum(map(len, weights))
         self.register_buffer("table", weights[0].new_empty(self.width // WIDTH, D, WIDTH))
-        self.flat, self.bags = self.table.view(-1, WIDTH), _bags(*self.table.shape[:2])
+        self.parts = [part.view(-1, WIDTH) for part in self.table.split(STRIPS)]     # of up to (64 D, 64)
         advise(self.table, HUGE)
         # Read down a column of W, every line would fall into the same few slots of the cache; hence the 40 more.
         strip, at = weights[0].new_empty(WIDTH, D + 40)[:, :D], 0                    # (64, D)
@@ -113,9 +114,10 @@ class Columns(nn.Module):
         """(..., D) -> (..., O)"""
         n, D, _ = self.table.shape
         if x.numel() == D:
-            weights = x.reshape(1, D).expand(n, D).reshape(-1)                       # (n D), of every line
-            y = torch.embedding_bag(self.flat, *self.bags, mode=0, per_sample_weights=weights)[0]
-            return y.view(*x.shape[:-1], self.width)                                 # (n, 64), which are the O
+            weights = x.reshape(1, D).expand(min(n, STRIPS), D).reshape(-1)          # of every line of a part
+            sums = [torch.embedding_bag(lines, *_bags(len(lines) // D, D), mode=0,   # up to (64, 64) each
+                                        per_sample_weights=weights[:len(lines)])[0] for lines in self.parts]
+            return torch.cat(sums).view(*x.shape[:-1], self.width)                   # (n, 64), which are the O
         rows, y = x.reshape(-1, D), x.new_empty(x.numel() // D, self.width)          # (R, D), (R, O)
         if x.dtype not in SLOW:
             for at, part in enumerate(self.table):                                   # (D, 64)
