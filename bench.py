@@ -10,8 +10,9 @@ Every run is a process of its own, and the sides take turns: machine, ours, peer
 medians. Times start when the process does, with the files in the page cache (they are read once before). The decoding
 rate is that of the tokens after the first. Both sides get the same ids, are greedy, and never stop early.
 
-Two figures of the machine stand below: how fast it reads memory (decoding reads all weights for every token, so
-bandwidth / bytes is the limit) and how fast it multiplies matrices (the limit for the prompt).
+Two figures of the machine stand below: how fast it reads memory (decoding reads all weights, and the keys and values of
+all that came before, for every token, so bandwidth / bytes is the limit) and how fast it multiplies matrices (the limit
+for the prompt).
 """
 import argparse
 import importlib.util
@@ -107,7 +108,7 @@ def pixels_of(config):
 
 
 def ours(args, config):
-    """Yields "loaded" with what a token reads, then the ids."""
+    """Yields "loaded" with what a token reads (bytes of weights, and of the cache when half is said), then the ids."""
     import torch
     from torch import nn
 
@@ -125,9 +126,11 @@ def ours(args, config):
         llm.pack(int8=args.quant == "int8")
     kinds = [m for m in llm.modules() if isinstance(m, (nn.Linear, Columns, Int8))]
     tensors = [t for m in kinds for t in chain(m.parameters(recurse=False), m.buffers(recurse=False))]
-    body = sum(t.numel() for t in tensors) - llm.config.vocab_size * llm.config.hidden_size
-    yield dict(bytes=sum(t.nbytes for t in tensors), flops=2 * body * (ids.shape[1] + (
-        patches(config) - 1 if (ids == PICTURE).any() else 0)))
+    c = llm.config
+    body = sum(t.numel() for t in tensors) - c.vocab_size * c.hidden_size
+    prompt = ids.shape[1] + (patches(config) - 1 if (ids == PICTURE).any() else 0)
+    kept = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize      # of a position
+    yield dict(bytes=sum(t.nbytes for t in tensors), cache=kept * (prompt + args.tokens // 2), flops=2 * body * prompt)
     if config["model_type"] == "llama":
         with torch.no_grad():
             yield from map(int, llm.generate(llm.embed(ids), max_new_tokens=args.tokens))
@@ -250,7 +253,7 @@ def measure(args, argv) -> dict:
     for which, found in runs.items():
         result[which] = {key: statistics.median(run[key] for run in found) for key in found[0] if key != "ids"}
     us, limit = result["ours"], result["machine"]
-    us["bandwidth_share"] = us["bytes"] * us["rate"] / limit["bandwidth"]
+    us["bandwidth_share"] = (us["bytes"] + us["cache"]) * us["rate"] / limit["bandwidth"]
     us["matrix_share"] = us["flops"] / (us["first"] - us["load"]) / max(limit["float32"], limit["bfloat16"])
     if args.peer:
         result["ratio"] = {key: us[key] / result["peer"][key] for key in ("load", "first", "rate", "peak", "anonymous")}
@@ -276,8 +279,9 @@ def table(r) -> None:
     us, m = r["ours"], r["machine"]
     print(f"machine: reads {m['bandwidth'] / 1e9:.1f} GB/s, multiplies {m['float32'] / 1e9:.0f} GFlop/s in float32, "
           f"{m['bfloat16'] / 1e9:.0f} in bfloat16")
-    print(f"decoding reads {us['bytes'] / 1e9:.2f} GB a token: {us['bandwidth_share']:.0%} of that bandwidth; the "
-          f"prompt takes {us['flops'] / 1e12:.2f} TFlop: {us['matrix_share']:.0%} of that rate")
+    print(f"decoding reads {us['bytes'] / 1e9:.2f} GB of weights and {us['cache'] / 1e9:.2f} GB of keys and values a "
+          f"token: {us['bandwidth_share']:.0%} of that bandwidth; the prompt takes {us['flops'] / 1e12:.2f} TFlop: "
+          f"{us['matrix_share']:.0%} of that rate")
 
 
 def cost(args) -> None:

@@ -100,6 +100,17 @@ def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypat
     torch.testing.assert_close(fused, written, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16, torch.float16}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_query_in_half_precision_is_rounded_once(dtype, slow, monkeypatch):
+    monkeypatch.setattr(clip, "SLOW", slow)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, t, 8).to(dtype) for t in (1, 70, 70))
+    out = attention(q, k, v)
+    exact = clip._written_out(q.double(), k.double(), v.double(), None, False)           # (2, 2, 1, 8)
+    assert out.dtype == dtype and ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
 def test_an_empty_row_is_zero_whatever_the_kernel_makes_of_it(monkeypatch):
     """torch's CPU kernel happens to give zeros for 0/0; this one gives NaN, as some GPU kernels did."""
     def naive(q, k, v, attn_mask):

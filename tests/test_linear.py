@@ -46,6 +46,7 @@ def close(fast, slow, dtype, factor=1.01):
 @pytest.mark.parametrize("dtype", HALF)
 def test_blocks_and_columns(rows, D, O, dtype, monkeypatch):
     monkeypatch.setattr(linear, "BLOCK", 2 ** 13)          # several pieces to a weight, the last one short
+    monkeypatch.setattr(linear, "STRIPS", 2)
     x, weight = draw(1, rows, D, dtype=dtype) / D ** 0.5, draw(O, D, dtype=dtype, seed=1)
     slow = x.double() @ weight.double().t()                                          # (1, rows, O)
     close(blocks(x, weight), slow, dtype)
