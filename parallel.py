@@ -277,3 +277,9 @@ class Stop:
 
     def ask(self, *_):
         self.asked = True
+
+    @staticmethod
+    def ignore(*_):
+        """For the processes that read pictures: a signal to the whole group reaches them, too, and that step needs
+        them. They end when the DataLoader tells them to, or when their parent is gone."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

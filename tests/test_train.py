@@ -313,13 +313,14 @@ def test_a_folder_has_one_trainer(stage1, tmp_path):
 
 
 def test_sigterm_saves_and_leaves(stage1, tmp_path):
-    """What a scheduler sends: the step is finished and saved, and the same command goes on to the same end."""
+    """What a scheduler sends, to the process and all that it started: the step is finished and saved, and the same
+    command goes on to the same end."""
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "2", "--model", str(stage1), "--out", str(tmp_path),
                "--steps", "40", "--batch", "4", "--threads", "1", "--save-every", "1000"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in run.stdout:
         if line.startswith("step 3/"):
-            run.send_signal(signal.SIGTERM)
+            os.killpg(run.pid, signal.SIGTERM)
             break
     rest = run.stdout.read()
     assert run.wait() == 0 and "stopped early" in rest
