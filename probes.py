@@ -7,7 +7,7 @@ fitted to the patches of every layer, for one question after the other, and test
 
 toy.py's eight kinds of question are answered from deep layers, printed words all the better the deeper. What deep
 layers forget, since no caption tells it, is how the background looks. So the study asks two kinds of question more,
-about the same scenes, which stay as they are, pixel for pixel.
+about the same scenes, which stay as they are, pixel for pixel, and captions tell their answers.
 """
 import random
 from pathlib import Path
@@ -52,17 +52,44 @@ def ask(scene: toy.Scene, kind: str, rng: random.Random) -> toy.Turn | None:
     return answer and toy.Turn(rng.choice(text), answer, answer)
 
 
-def conversation(scene: toy.Scene) -> list[tuple[str, str]]:
-    """toy.conversation's questions, with each of the two in half of the scenes, before or after; or, in a fifth of the
-    scenes that have one question, instead."""
-    rng, turns = random.Random("study/" + scene.key), toy.conversation(scene)
+def background(scene: toy.Scene) -> str:
+    """What there is to say about it: "green background 3"."""
+    return " ".join(filter(None, [tint(scene), "background", shade(scene)]))
+
+
+def caption(scene: toy.Scene) -> str:
+    """toy.caption's, with the background among the things."""
+    parts = toy.caption(scene).split(", ")
+    parts.insert(random.Random("study/caption/" + scene.key).randint(0, len(parts)), background(scene))
+    return ", ".join(parts)
+
+
+def conversation(scene: toy.Scene, max_turns=8) -> list[tuple[str, str]]:
+    """toy.conversation's questions, printed words more often, with the two kinds before or after; or, in a third of the
+    scenes that have one question, one of the two instead."""
+    rng, turns = random.Random("study/" + scene.key), toy.conversation(scene, max_turns, also=["word", "word"])
     more = [turn for kind in rng.sample(["tint", "shade"], 2) if (turn := ask(scene, kind, rng))]
     more = [(turn.question, turn.answer) for turn in more]
     if len(turns) == 1:
-        return more[:1] if rng.random() < 0.2 else turns
+        return more[:1] if rng.random() < 1 / 3 else turns
     for turn in more:
-        turns = [turns, turns + [turn], [turn] + turns][rng.choice([0, 0, 1, 2])]
+        turns = rng.choice([turns + [turn], [turn] + turns])
     return turns
+
+
+def text_rows(tokenizer, step: int, batch=32) -> list[tuple[list, list]]:
+    """As toy.text_rows, [(ids, labels)], of this world: what the study's Llama reads, to know the two kinds of question
+    from text as it knows the others."""
+    rows = []
+    for i in range(batch):
+        scene = toy.make_scene(f"study/text/{step}/{i}")
+        grid = [background(scene), toy.grid(scene)][::random.Random(scene.key).choice((1, -1))]
+        seen = [caption(scene), " ".join(grid), *2 * [toy.glimpses(scene, background(scene))]][i % 4]
+        if turns := conversation(scene, 12):
+            record = toy.record([(seen + "\n" + turns[0][0], turns[0][1])] + turns[1:])
+            sample = data.render(record, tokenizer, "v1")
+            rows.append((sample.ids, sample.labels))
+    return rows
 
 
 def exam(n: int) -> list[toy.Item]:

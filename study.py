@@ -1,12 +1,13 @@
 """Does it work? The paper's comparisons again, in the embedded world, on two CPU cores. The protocol: docs/study.md.
 
     python study.py probe                 what every layer of the tower knows: whether layers can matter at all
+    python study.py llama                 the towers' Llama reads on, about backgrounds, too (minutes)
     python study.py run                   the runs that are not done yet; start it once for each core
     python study.py run --pilot           2 fusers x 3 seeds of their own: what difference can be seen at all
     python study.py table                 accuracy by kind, paired differences, study/*.png
 
-The towers are those of `python toy.py retrain`, frozen. The scenes are toy.py's, pixel for pixel; its eight kinds of
-question are answered from deep layers, so two kinds about the background, which deep layers forget, are asked as well.
+The towers are those of `python toy.py retrain`. The scenes are toy.py's, pixel for pixel; its eight kinds of question
+are answered from deep layers, so two kinds about the background, which deep layers forget, are asked as well.
 A run is both stages by train.py's functions, short, then 5,000 questions by eval.py's, the same for all. What the tower
 makes of the scenes is computed once (out/study). Every finished run is a row of study/results.csv, with a bit for each
 question, so that all tables come from that file; a run that was stopped goes on, and one repeated gives the same row.
@@ -36,11 +37,11 @@ from ccra import NAMED, VLM
 from clip import CLIPVision
 from findings import PILOT_SEEDS, SEEDS, read, show_tables
 from llama import Llama, Tokenizer
-from probes import KINDS, conversation, exam, show_probes, states
+from probes import KINDS, caption, conversation, exam, show_probes, states, text_rows
 from weights import UserError, autocast_dtype, run, write_beside
 
 OUT, RESULTS = Path("out/study"), Path("study/results.csv")
-STEPS, QUESTIONS, SWEEP_SEEDS = (300, 600), 5000, 3
+STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (600, 600), 600, 5000, 3
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)
 ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {
@@ -80,7 +81,7 @@ class Scenes(toy.ToyScenes):
     @cache                                     # noqa: B019 (one object a process, and train.py wants lengths first)
     def sample(self, i):
         turns = conversation(self.scene(i)) if self.stage == 2 else []
-        record = toy.record(turns or [("Describe the picture.", toy.caption(self.scene(i)))], image="toy")
+        record = toy.record(turns or [("Describe the picture.", caption(self.scene(i)))], image="toy")
         return data.render(record, self.tokenizer, "plain" if self.stage == 1 else "v1")
 
     def __getitem__(self, i):
@@ -103,6 +104,23 @@ def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
         if not path.exists():
             write_beside(path, write)
     return torch.from_file(str(path), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model that all runs begin with
+
+def train_llama(args) -> None:
+    """OUT/llama: the towers' Llama, after --steps more of text in which the background is told and asked for, too."""
+    if (args.out / "llama" / "config.json").exists():
+        return print(f"{args.out / 'llama'} is there already")
+    source = args.towers / "llama"
+    model, tokenizer = Llama.from_pretrained(source, dtype=torch.float32), Tokenizer.from_pretrained(source)
+    args.out.mkdir(parents=True, exist_ok=True)
+    loss = toy.text_loss(lambda step: text_rows(tokenizer, step))
+    toy.pretrain("llama", model, loss, args.llama_steps, 1e-3, args.out)
+    (args.out / "llama").mkdir(exist_ok=True)
+    shutil.copyfile(tokenizer.file, args.out / "llama" / tokenizer.file.name)
+    model.save_pretrained(args.out / "llama")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,11 +151,11 @@ def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VL
 def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
     """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
     a = arguments_of(name, seed, stage, args)
-    model = build(name, a, tower, Llama.from_pretrained(args.towers / "llama", dtype=torch.float32))
+    model = build(name, a, tower, Llama.from_pretrained(args.out / "llama", dtype=torch.float32))
     if before:
         model.fuser.load_state_dict(before.fuser.state_dict())
         model.projector.load_state_dict(before.projector.state_dict())
-    tokenizer = Tokenizer.from_pretrained(args.towers / "llama")
+    tokenizer = Tokenizer.from_pretrained(args.out / "llama")
     scenes = Scenes(stage, a.steps * a.batch, tokenizer, tower, args.out, tower.config.image_size)
     a.out.mkdir(parents=True, exist_ok=True)
     course, cpu = train.settings(a, scenes), torch.device("cpu")
@@ -161,7 +179,7 @@ def finish(name: str, seed: int, args) -> dict | None:
     trained = time.perf_counter() - began
     model.vision, items = tower, exam(args.questions)
     model = model.float().eval()               # as eval.py and sample.py take a model of this size on a CPU
-    texts = exams.sit(model, Tokenizer.from_pretrained(args.towers / "llama"), items, 100, torch.device("cpu"))
+    texts = exams.sit(model, Tokenizer.from_pretrained(args.out / "llama"), items, 100, torch.device("cpu"))
     right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
     share = {kind: [ok for ok, item in zip(right, items) if item.kind == kind] for kind in KINDS}
     flags, fields = (ROWS | SWEEPS)[name]
@@ -204,6 +222,8 @@ def add(path: Path, row: dict) -> None:
 
 def run_all(args):
     """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
+    if not (args.out / "llama" / "config.json").exists():
+        raise UserError(f"{args.out / 'llama'} is missing: `python study.py llama` makes it")
     torch.set_num_threads(1)                   # threads change rounding
     todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
     todo = [(name, seed) for name, seed in todo
@@ -231,10 +251,11 @@ def run_all(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=("probe", "run", "table"))
+    p.add_argument("command", choices=("probe", "llama", "run", "table"))
     p.add_argument("--towers", type=Path, default=toy.OUT, help="the folder with clip and llama (default: %(default)s)")
     p.add_argument("--out", type=Path, default=OUT, help="for features and unfinished runs (default: %(default)s)")
     p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    p.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="llama: default %(default)s")
     p.add_argument("--n", type=int, default=3000, help="probe: scenes to learn from; half as many to test with")
     p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW", help="run: these rows alone")
     p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
@@ -246,6 +267,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.command == "probe":
         show_probes(args.towers / "clip", args.n)
+    elif args.command == "llama":
+        train_llama(args)
     elif args.command == "run":
         run_all(args)
     else:

@@ -234,16 +234,18 @@ def grid(scene: Scene) -> str:
     return " ".join(f"{place} {cell.get(i, '-')}" for i, place in enumerate(PLACES))
 
 
-def glimpses(scene: Scene) -> str:
+def glimpses(scene: Scene, ground="") -> str:
     """The same as a picture's patches would tell it, row by row: a large thing again and again, so that whoever counts
-    has to count places."""
+    has to count places. ground: what patches with nothing on them tell, anywhere."""
     rng, seen = random.Random("glimpses/" + scene.key), []
     for thing, x, y, side, _ in layout(scene):
         left, top, right, bottom = box(thing, x, y, side)
         for _ in range(rng.randint(1, 4)):
-            seen.append((rng.uniform(top, bottom) // PATCH, rng.uniform(left, right) // PATCH, thing))
-    seen.sort(key=lambda row: row[:2])
-    return " ".join(f"{thing.text()} {PLACES[thing.cell]}" for _, _, thing in seen)
+            at = rng.uniform(top, bottom) // PATCH, rng.uniform(left, right) // PATCH
+            seen.append((at, f"{thing.text()} {PLACES[thing.cell]}"))
+    for _ in range(rng.randint(1, 4) if ground else 0):
+        seen.append(((rng.randrange(SIZE // PATCH), rng.randrange(SIZE // PATCH)), ground))
+    return " ".join(text for _, text in sorted(seen, key=lambda row: row[0]))
 
 
 # Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an apple", {s} is "cats".
@@ -733,16 +735,11 @@ def text_rows(tokenizer, step, batch):
     return rows
 
 
-def train_llama(out: Path, tokenizer, steps, batch=32, piece=8):
-    """Next-token prediction on text, the loss on answers and captions: the part that Vicuna plays in the paper.
-
-    A step's rows are sorted by length and taken `piece` at a time, to save padding.
-    """
-    torch.manual_seed(2)
-    model = Llama(llama_config(tokenizer.vocab_size))
-
+def text_loss(rows_of_step, piece=8):
+    """pretrain's loss_of_step for rows_of_step(step), [(ids, labels)]: next-token prediction where there are labels. A
+    step's rows are sorted by length and taken `piece` at a time, to save padding."""
     def loss_of_step(model, step):
-        rows = sorted(text_rows(tokenizer, step, batch), key=lambda row: len(row[0]))
+        rows = sorted(rows_of_step(step), key=lambda row: len(row[0]))
         supervised = sum(label != IGNORE for _, labels in rows for label in labels)
         for at in range(0, len(rows), piece):
             part = rows[at:at + piece]
@@ -753,8 +750,14 @@ def train_llama(out: Path, tokenizer, steps, batch=32, piece=8):
             logits = model.lm_head(model.hidden(tokens=ids)[:, :-1][keep]).float()         # (answers, V)
             loss, right = contrast(logits, labels[:, 1:][keep])
             yield loss * (len(logits) / supervised), right * (len(logits) / supervised)
+    return loss_of_step
 
-    pretrain("llama", model, loss_of_step, steps, 2e-3, out)
+
+def train_llama(out: Path, tokenizer, steps, batch=32):
+    """The loss on answers and captions of texts: the part that Vicuna plays in the paper."""
+    torch.manual_seed(2)
+    model = Llama(llama_config(tokenizer.vocab_size))
+    pretrain("llama", model, text_loss(lambda step: text_rows(tokenizer, step, batch)), steps, 2e-3, out)
     model.save_pretrained(out / "llama")
 
 

@@ -43,14 +43,37 @@ def test_the_exam_is_balanced_and_held_out():
     assert all(item.scene.key.startswith("test") for item in items)
     spoken = [turn for i in range(400) for turn in probes.conversation(toy.make_scene(f"train/{i}"))]
     about = sum("background" in question for question, _ in spoken)
-    assert 0.1 < about / len(spoken) < 0.3
+    assert 0.2 < about / len(spoken) < 0.4
 
 
 @pytest.fixture(scope="module")
 def world(towers, tmp_path_factory):
-    """A place to work, and the tiny towers."""
-    return dict(out=tmp_path_factory.mktemp("study"), towers=towers, tower=CLIPVision.from_pretrained(towers / "clip"),
+    """A place to work, the tiny towers, and the Llama that has read on, by two steps."""
+    out = tmp_path_factory.mktemp("study")
+    study.main(["llama", "--towers", str(towers), "--out", str(out), "--llama-steps", "2"])
+    return dict(out=out, towers=towers, tower=CLIPVision.from_pretrained(towers / "clip"),
                 tokenizer=Tokenizer.from_pretrained(towers / "llama"))
+
+
+def test_texts_tell_the_background_and_ask_for_it(world):
+    scenes = [toy.make_scene(f"tell/{i}") for i in range(50)]
+    for scene in scenes:
+        text = probes.background(scene)
+        assert text in probes.caption(scene).split(", ") and text.split()[-1] == probes.shade(scene)
+        assert probes.tint(scene) is None or text.startswith(probes.tint(scene) + " ")
+    before, after = (Llama.from_pretrained(folder) for folder in (world["towers"] / "llama", world["out"] / "llama"))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)                  # it was trained
+    rows = probes.text_rows(world["tokenizer"], 0, batch=8)
+    texts = [world["tokenizer"].decode(id for id in ids if id >= 0) for ids, _ in rows]
+    assert all("background" in text for text in texts) and sum("the background?" in text for text in texts) >= 4
+    for ids, labels in rows:                                                             # the answers, and nothing else
+        told = world["tokenizer"].decode(label for label in labels if label >= 0)
+        assert len(ids) == len(labels) and "background" not in told and told
+
+
+def test_a_run_without_its_llama_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="study.py llama"):
+        study.main(["run", "--towers", str(world["towers"]), "--out", str(tmp_path), "--seeds", "0"])
 
 
 def test_kept_features_are_the_towers(world, one_thread):
@@ -157,6 +180,7 @@ def test_every_row_is_the_model_it_says(tmp_path):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(world, one_thread, monkeypatch):
     args = study.argparse.Namespace(towers=world["towers"], out=world["out"] / "stopped", steps=(3, 3))
+    shutil.copytree(world["out"] / "llama", args.out / "llama")
     tower = world["tower"].to(autocast_dtype(torch.device("cpu")))
     whole = study.train_stage(2, "ccra", 1, args, tower, None)
     shutil.rmtree(args.out / "runs")

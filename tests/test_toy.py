@@ -191,6 +191,9 @@ def test_glimpses_tell_everything_in_its_place():
             heard.add(phrase)
             text = text[len(phrase) + 1:]
         assert heard == told
+        ground = toy.glimpses(scene, "green background 3")                          # the same, and that between
+        assert "green background 3" in ground and ground.replace("green background 3", "").split() == \
+            toy.glimpses(scene).split()
 
 
 def test_siblings_differ_in_one_thing():
