@@ -22,6 +22,27 @@ SEEDS, PILOT_SEEDS = 5, (100, 101, 102)
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 T80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941, 5: 0.920, 6: 0.906, 7: 0.896, 8: 0.889, 9: 0.883}
 
+# What docs/study.md tests: {claim: [(row, the row it's compared with, kind of question, side)]}, side 1 where the claim
+# has the row above, -1 below, 0 if it names no side
+CLAIMS = {
+    "0 layers differ in use": [(row, "llava", kind, 1) for row in ("sci", "dci", "mlvf") for kind in ("tint", "shade")],
+    "1 CCRA is best": [(row, "ccra", "all", -1) for row in ("llava", "sti", "sci", "dci", "mmfuser", "igva")],
+    "2 and not by its size": [("wide", "ccra", "all", -1)],
+    "3 better than its parts alone": [(row, "ccra", "all", -1) for row in ("pwca", "lwca")],
+    "4 progressive, shuffled, decoupled": [("decoupled", "ccra", "all", -1), ("shuffled", "ccra", "all", -1),
+                                           ("decoupled", "shuffled", "all", -1)],
+    "5 every part helps": [(f"without {part}", "ccra", "all", -1) for part in ("lpwca", "lwca", "pwca", "smooth")],
+    "6 PWCA: text and grounding": [("without pwca", "ccra", kind, -1) for kind in ("word", "where")],
+    "7 LWCA: reasoning": [("without lwca", "ccra", kind, -1) for kind in ("category", "follow-up")],
+    "8 LPWCA: consistency": [("without lpwca", "ccra", "presence", -1)],
+    "9 smoothing: small gains": [("without smooth", "ccra", "all", -1)],
+    "10 robust to h and k": [(row, "ccra", "all", 0) for row in ("d_hidden 16", "d_hidden 256", "kernel 3", "kernel 7")],
+    "the norm": [("token", "token without", "all", 0), ("ccra", "token", "all", 1), ("stack", "token", "all", 1),
+                 ("stack", "ccra", "all", 0)],
+    "defaults": [(row, "ccra", "all", 0) for row in ("stage1 neutral", "stage1 on", "query sofar", "query first",
+                                                     "anchor -2")],
+}
+
 
 def read(path: Path) -> list[dict]:
     """The rows of a results.csv; none if there is no file."""
@@ -94,6 +115,27 @@ def show(title: str, found: dict[str, tuple[int, dict]], mark=False) -> None:
         print(f"| {name} | {seeds} | " + " | ".join(f"**{t}**" if b else t for t, b in zip(texts, bold)) + " |")
 
 
+def verdict(d: Tensor, side: int) -> str:
+    """What d (S, Q) says of a claim: it "holds" or is "reversed" if its 95% interval lies on that side of 0 or the other
+    ("above", "below" if the claim has none), else it "can't be told"."""
+    mean, half = interval(d)
+    if abs(mean) <= half:
+        return "can't be told"
+    return ("holds" if mean * side > 0 else "reversed") if side else "above" if mean > 0 else "below"
+
+
+def show_claims(rows: dict[str, dict[int, Tensor]]) -> None:
+    """Every claim's parts as far as both rows were run, as markdown."""
+    kinds = by_kind(len(next(iter(next(iter(rows.values())).values()))))
+    print("\n| claim | row | less | kind | seeds | points | |\n|---|---|---|---|---|---|---|")
+    for claim, parts in CLAIMS.items():
+        for row, base, kind, side in parts:
+            if len(d := paired(rows.get(row, {}), rows.get(base, {}))):
+                d = d[:, kinds[kind]]
+                mean, half = interval(d)
+                print(f"| {claim} | {row} | {base} | {kind} | {len(d)} | {mean:+.1f} ± {half:.1f} | {verdict(d, side)} |")
+
+
 def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
     """A column for each kind, a line for each row: the difference, its interval, and 0."""
     left, top, width, line, fine = 130, 60, 110, 22, 2
@@ -133,6 +175,7 @@ def show_tables(results: Path, base: str) -> None:
     found = lines(rows, rows[base])
     show("Accuracy in percent, with its 95% interval", lines(rows, None))
     show(f"Points more than {base}, paired; bold: the 95% interval excludes 0", found, mark=True)
+    show_claims(rows)
     path = results.parent / f"differences-from-{base.replace(' ', '-')}.png"
     write_beside(path, lambda tmp: plot(found, f"points more than {base}").save(tmp, format="PNG"))
     seconds = sum(float(row["train_s"]) + float(row["exam_s"]) for row in table)

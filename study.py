@@ -190,8 +190,9 @@ def finish(name: str, seed: int, args) -> dict | None:
                 right=f"{int('1' + ''.join(str(int(ok)) for ok in right), 2):x}")
 
 
+@cache
 def commit() -> str:
-    """The commit that the code is of, with "+" if it was changed since."""
+    """The commit that the code is of, with "+" if it was changed since; as it was when first asked for."""
     git = lambda *words: subprocess.run(["git", "-C", str(toy.ROOT), *words], capture_output=True, text=True).stdout
     return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
 
@@ -224,6 +225,7 @@ def run_all(args):
     """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
     if not (args.out / "llama" / "config.json").exists():
         raise UserError(f"{args.out / 'llama'} is missing: `python study.py llama` makes it")
+    commit()                                   # of the code that is running; files may change meanwhile
     torch.set_num_threads(1)                   # threads change rounding
     todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
     todo = [(name, seed) for name, seed in todo

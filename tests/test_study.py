@@ -162,6 +162,26 @@ def test_the_tables(tmp_path, capsys):
         study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
 
 
+def test_the_claims(capsys):
+    """On answers made so that the truth is known: what is below is told, on either side, and what isn't, isn't."""
+    rng, Q = random.Random(0), 1000
+    places = findings.by_kind(Q)
+    draw = lambda chance, kind=None: torch.tensor([100.0 * (rng.random() < (chance if kind is None or i in kind else 0.5))
+                                                   for i in range(Q)])
+    rows = {name: {seed: draw(chance) for seed in range(4)} for name, chance in
+            (("ccra", 0.8), ("llava", 0.6), ("wide", 0.95), ("sti", 0.8), ("kernel 3", 0.6))}
+    rows["without pwca"] = {seed: torch.where(draw(0.2, set(places["word"])) > 50, 100.0, 0.0) for seed in range(4)}
+    findings.show_claims(rows)
+    said = {tuple(cells[2:5]): cells[-2] for line in capsys.readouterr().out.splitlines()
+            if len(cells := [cell.strip() for cell in line.split("|")]) > 5}
+    assert said["llava", "ccra", "all"] == "holds" and said["wide", "ccra", "all"] == "reversed"
+    assert said["sti", "ccra", "all"] == "can't be told" and said["kernel 3", "ccra", "all"] == "below"
+    assert said["without pwca", "ccra", "word"] == "holds" and ("dci", "ccra", "all") not in said
+    study_rows = {*study.ROWS, *study.SWEEPS}
+    assert all({row, base} <= study_rows and kind in places for parts in findings.CLAIMS.values()
+               for row, base, kind, _ in parts)
+
+
 def test_every_row_is_the_model_it_says(tmp_path):
     args = study.argparse.Namespace(steps=(2, 2), out=tmp_path)
     names = [name for name, _ in study.plan()]
