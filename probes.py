@@ -47,14 +47,15 @@ def shade(scene: toy.Scene) -> str:
 def ask(scene: toy.Scene, kind: str, rng: random.Random) -> toy.Turn | None:
     """A question of one of the two kinds."""
     answer = tint(scene) if kind == "tint" else shade(scene)
-    text = {"tint": ["Which color is the background?", "What is the color of the background?"],
-            "shade": ["How light is the background?", "Tell me how light the background is."]}[kind]
+    text = {"tint": ["What color is the picture?", "Which color does the picture have?"],
+            "shade": ["What is the number of the picture?", "What number does the picture have?"]}[kind]
     return answer and toy.Turn(rng.choice(text), answer, answer)
 
 
 def background(scene: toy.Scene) -> str:
-    """What there is to say about it: "green background 3"."""
-    return " ".join(filter(None, [tint(scene), "background", shade(scene)]))
+    """What there is to say about it: "green picture 3". In words that the tokenizer has as one piece: a patch, which is
+    one row of what the Llama reads, can't say a word of five."""
+    return " ".join(filter(None, [tint(scene), "picture", shade(scene)]))
 
 
 def caption(scene: toy.Scene) -> str:

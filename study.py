@@ -41,7 +41,7 @@ from probes import KINDS, caption, conversation, exam, show_probes, states, text
 from weights import UserError, autocast_dtype, run, write_beside
 
 OUT, RESULTS = Path("out/study"), Path("study/results.csv")
-STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (600, 600), 600, 5000, 3
+STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (600, 600), 400, 5000, 3
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)
 ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {

@@ -42,7 +42,7 @@ def test_the_exam_is_balanced_and_held_out():
         assert max(map(short.count, short)) < most * len(short)
     assert all(item.scene.key.startswith("test") for item in items)
     spoken = [turn for i in range(400) for turn in probes.conversation(toy.make_scene(f"train/{i}"))]
-    about = sum("background" in question for question, _ in spoken)
+    about = sum("the picture" in question.replace("in the picture", "") for question, _ in spoken)
     assert 0.2 < about / len(spoken) < 0.4
 
 
@@ -65,10 +65,11 @@ def test_texts_tell_the_background_and_ask_for_it(world):
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)                  # it was trained
     rows = probes.text_rows(world["tokenizer"], 0, batch=8)
     texts = [world["tokenizer"].decode(id for id in ids if id >= 0) for ids, _ in rows]
-    assert all("background" in text for text in texts) and sum("the background?" in text for text in texts) >= 4
+    assert all(" picture " in text for text in texts) and sum("is the picture?" in text for text in texts) >= 2
     for ids, labels in rows:                                                             # the answers, and nothing else
         told = world["tokenizer"].decode(label for label in labels if label >= 0)
-        assert len(ids) == len(labels) and "background" not in told and told
+        assert len(ids) == len(labels) and "picture" not in told and told
+    assert len(world["tokenizer"].encode("green picture 3")) == 3
 
 
 def test_a_run_without_its_llama_is_refused(world, tmp_path):
@@ -88,7 +89,7 @@ def test_kept_features_are_the_towers(world, one_thread):
     before = scenes.kept.clone()
     assert torch.equal(study.features(scenes, world["tower"].float(), world["out"]), before)     # from the file
     asked = [question for i in range(60) for question, _ in probes.conversation(scenes.scene(i))]
-    assert any("background" in question for question in asked) and scenes.sample(3) is scenes.sample(3)
+    assert any("number of the picture" in question for question in asked) and scenes.sample(3) is scenes.sample(3)
 
 
 def command(world, *words):
