@@ -1,12 +1,12 @@
 """Does it work? The paper's comparisons again, in the embedded world, on two CPU cores. The protocol: docs/study.md.
 
     python study.py probe                 what every layer of the tower knows: whether layers can matter at all
-    python study.py llama                 the towers' Llama reads on, about backgrounds, too (minutes)
+    python study.py towers                the towers of `toy.py retrain`, for this world (minutes; done: study/towers)
     python study.py run                   the runs that are not done yet; start it once for each core
     python study.py run --pilot           2 fusers x 3 seeds of their own: what difference can be seen at all
     python study.py table                 accuracy by kind, paired differences, study/*.png
 
-The towers are those of `python toy.py retrain`. The scenes are toy.py's, pixel for pixel; its eight kinds of question
+The scenes are toy.py's, pixel for pixel; its eight kinds of question
 are answered from deep layers, so two kinds about the background, which deep layers forget, are asked as well.
 A run is both stages by train.py's functions, short, then 5,000 questions by eval.py's, the same for all. What the tower
 makes of the scenes is computed once (out/study). Every finished run is a row of study/results.csv, with a bit for each
@@ -34,13 +34,13 @@ import parallel
 import toy
 import train
 from ccra import NAMED, VLM
-from clip import CLIPVision
+from clip import CLIP, CLIPVision
 from findings import PILOT_SEEDS, SEEDS, read, show_tables
 from llama import Llama, Tokenizer
 from probes import KINDS, caption, conversation, exam, show_probes, states, text_rows
 from weights import UserError, autocast_dtype, run, write_beside
 
-OUT, RESULTS = Path("out/study"), Path("study/results.csv")
+OUT, TOWERS, RESULTS = Path("out/study"), toy.ROOT / "study" / "towers", Path("study/results.csv")
 STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (600, 600), 400, 5000, 3
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)
@@ -107,20 +107,21 @@ def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The language model that all runs begin with
+# What all runs begin with
 
-def train_llama(args) -> None:
-    """OUT/llama: the towers' Llama, after --steps more of text in which the background is told and asked for, too."""
-    if (args.out / "llama" / "config.json").exists():
-        return print(f"{args.out / 'llama'} is there already")
-    source = args.towers / "llama"
+def make_towers(args) -> None:
+    """--towers: the CLIP of --source, and its Llama after more text, in which the background is told and asked for,
+    too; in bfloat16, small enough to be committed beside the results that come from them."""
+    if (args.towers / "llama" / "config.json").exists():
+        return print(f"{args.towers} is there already")
+    source = args.source / "llama"
     model, tokenizer = Llama.from_pretrained(source, dtype=torch.float32), Tokenizer.from_pretrained(source)
     args.out.mkdir(parents=True, exist_ok=True)
     loss = toy.text_loss(lambda step: text_rows(tokenizer, step))
     toy.pretrain("llama", model, loss, args.llama_steps, 1e-3, args.out)
-    (args.out / "llama").mkdir(exist_ok=True)
-    shutil.copyfile(tokenizer.file, args.out / "llama" / tokenizer.file.name)
-    model.save_pretrained(args.out / "llama")
+    CLIP.from_pretrained(args.source / "clip", dtype=torch.bfloat16).save_pretrained(args.towers / "clip")
+    model.bfloat16().save_pretrained(args.towers / "llama")
+    shutil.copyfile(tokenizer.file, args.towers / "llama" / tokenizer.file.name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,11 +152,11 @@ def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VL
 def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
     """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
     a = arguments_of(name, seed, stage, args)
-    model = build(name, a, tower, Llama.from_pretrained(args.out / "llama", dtype=torch.float32))
+    model = build(name, a, tower, Llama.from_pretrained(args.towers / "llama", dtype=torch.float32))
     if before:
         model.fuser.load_state_dict(before.fuser.state_dict())
         model.projector.load_state_dict(before.projector.state_dict())
-    tokenizer = Tokenizer.from_pretrained(args.out / "llama")
+    tokenizer = Tokenizer.from_pretrained(args.towers / "llama")
     scenes = Scenes(stage, a.steps * a.batch, tokenizer, tower, args.out, tower.config.image_size)
     a.out.mkdir(parents=True, exist_ok=True)
     course, cpu = train.settings(a, scenes), torch.device("cpu")
@@ -179,7 +180,7 @@ def finish(name: str, seed: int, args) -> dict | None:
     trained = time.perf_counter() - began
     model.vision, items = tower, exam(args.questions)
     model = model.float().eval()               # as eval.py and sample.py take a model of this size on a CPU
-    texts = exams.sit(model, Tokenizer.from_pretrained(args.out / "llama"), items, 100, torch.device("cpu"))
+    texts = exams.sit(model, Tokenizer.from_pretrained(args.towers / "llama"), items, 100, torch.device("cpu"))
     right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
     share = {kind: [ok for ok, item in zip(right, items) if item.kind == kind] for kind in KINDS}
     flags, fields = (ROWS | SWEEPS)[name]
@@ -223,10 +224,7 @@ def add(path: Path, row: dict) -> None:
 
 def run_all(args):
     """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
-    if not (args.out / "llama" / "config.json").exists():
-        raise UserError(f"{args.out / 'llama'} is missing: `python study.py llama` makes it")
     commit()                                   # of the code that is running; files may change meanwhile
-    torch.set_num_threads(1)                   # threads change rounding
     todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
     todo = [(name, seed) for name, seed in todo
             if (not args.only or name in args.only) and (not args.seeds or seed in args.seeds)]
@@ -253,11 +251,12 @@ def run_all(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=("probe", "llama", "run", "table"))
-    p.add_argument("--towers", type=Path, default=toy.OUT, help="the folder with clip and llama (default: %(default)s)")
+    p.add_argument("command", choices=("towers", "probe", "run", "table"))
+    p.add_argument("--towers", type=Path, default=TOWERS, help="the folder with clip and llama (default: study/towers)")
+    p.add_argument("--source", type=Path, default=toy.OUT, help="towers: what they come from (default: %(default)s)")
     p.add_argument("--out", type=Path, default=OUT, help="for features and unfinished runs (default: %(default)s)")
     p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    p.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="llama: default %(default)s")
+    p.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="towers: default %(default)s")
     p.add_argument("--n", type=int, default=3000, help="probe: scenes to learn from; half as many to test with")
     p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW", help="run: these rows alone")
     p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
@@ -267,10 +266,11 @@ def main(argv=None):
     p.add_argument("--questions", type=int, default=QUESTIONS, help="run: how many (default: %(default)s)")
     p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
     args = p.parse_args(argv)
-    if args.command == "probe":
+    torch.set_num_threads(1)                   # threads change rounding
+    if args.command == "towers":
+        make_towers(args)
+    elif args.command == "probe":
         show_probes(args.towers / "clip", args.n)
-    elif args.command == "llama":
-        train_llama(args)
     elif args.command == "run":
         run_all(args)
     else:
