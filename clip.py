@@ -57,8 +57,8 @@ def _written_out(q, k, v, mask, causal):
     if causal:
         mask = _lower_triangle(q, k)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                     # (B, H, Tq, Tk)
-    if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. Added, since that needs no
-        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # backward, and half the time
+    if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
+        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # needs no backward: half the time
         scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     y = shares.to(v.dtype) @ v                                                   # (B, H, Tq, hd)

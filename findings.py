@@ -36,7 +36,8 @@ CLAIMS = {
     "7 LWCA: reasoning": [("without lwca", "ccra", kind, -1) for kind in ("category", "follow-up")],
     "8 LPWCA: consistency": [("without lpwca", "ccra", "presence", -1)],
     "9 smoothing: small gains": [("without smooth", "ccra", "all", -1)],
-    "10 robust to h and k": [(row, "ccra", "all", 0) for row in ("d_hidden 16", "d_hidden 256", "kernel 3", "kernel 7")],
+    "10 robust to h and k": [(row, "ccra", "all", 0)
+                             for row in ("d_hidden 16", "d_hidden 256", "kernel 3", "kernel 7")],
     "the norm": [("token", "token without", "all", 0), ("ccra", "token", "all", 1), ("stack", "token", "all", 1),
                  ("stack", "ccra", "all", 0)],
     "defaults": [(row, "ccra", "all", 0) for row in ("stage1 neutral", "stage1 on", "query sofar", "query first",
@@ -116,8 +117,8 @@ def show(title: str, found: dict[str, tuple[int, dict]], mark=False) -> None:
 
 
 def verdict(d: Tensor, side: int) -> str:
-    """What d (S, Q) says of a claim: it "holds" or is "reversed" if its 95% interval lies on that side of 0 or the other
-    ("above", "below" if the claim has none), else it "can't be told"."""
+    """What d (S, Q) says of a claim: it "holds" or is "reversed" if its 95% interval lies on that side of 0 or on the
+    other ("above", "below" if the claim has none), else it "can't be told"."""
     mean, half = interval(d)
     if abs(mean) <= half:
         return "can't be told"
@@ -132,8 +133,8 @@ def show_claims(rows: dict[str, dict[int, Tensor]]) -> None:
         for row, base, kind, side in parts:
             if len(d := paired(rows.get(row, {}), rows.get(base, {}))):
                 d = d[:, kinds[kind]]
-                mean, half = interval(d)
-                print(f"| {claim} | {row} | {base} | {kind} | {len(d)} | {mean:+.1f} ± {half:.1f} | {verdict(d, side)} |")
+                points = "{:+.1f} ± {:.1f}".format(*interval(d))
+                print(f"| {claim} | {row} | {base} | {kind} | {len(d)} | {points} | {verdict(d, side)} |")
 
 
 def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:

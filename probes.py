@@ -19,6 +19,7 @@ from torch import Tensor
 import data
 import toy
 from clip import CLIPVision, preprocess
+from towers import regions
 from weights import autocast_dtype
 
 KINDS = toy.QUESTIONS + ["tint", "shade"]
@@ -79,8 +80,8 @@ def conversation(scene: toy.Scene, max_turns=8) -> list[tuple[str, str]]:
 
 
 def text_rows(tokenizer, step: int, batch=32) -> list[tuple[list, list]]:
-    """As toy.text_rows, [(ids, labels)], of this world: what the study's Llama reads, to know the two kinds of question
-    from text as it knows the others."""
+    """As towers.text_rows, [(ids, labels)], of this world: what the study's Llama reads, to know the two kinds of
+    question from text as it knows the others."""
     rows = []
     for i in range(batch):
         scene = toy.make_scene(f"study/text/{step}/{i}")
@@ -150,7 +151,7 @@ def gather(tower, split: str, n: int) -> dict[str, tuple[Tensor, list]]:
     for rows in data.split(range(n), 100):
         scenes = [toy.make_scene(f"{split}/{i}") for i in rows]
         hidden = states(tower, scenes)[:, :, 1:].float().permute(1, 0, 2, 3)             # (L+1, B, N, d)
-        shares = toy.regions(scenes)[0]                                                  # (things, B N)
+        shares = regions(scenes)[0]                                                  # (things, B N)
         free = shares.view(-1, len(scenes), hidden.shape[2]).sum(0).argmin(-1)           # (B), first patch without any
         units["thing"].append(shares @ hidden.flatten(1, 2))                             # (L+1, things, d)
         units["patch"].append(hidden[:, range(len(scenes)), free])                       # (L+1, B, d)

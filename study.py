@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import eval as exams
 import parallel
+import towers
 import toy
 import train
 from ccra import NAMED, VLM
@@ -117,8 +118,8 @@ def make_towers(args) -> None:
     source = args.source / "llama"
     model, tokenizer = Llama.from_pretrained(source, dtype=torch.float32), Tokenizer.from_pretrained(source)
     args.out.mkdir(parents=True, exist_ok=True)
-    loss = toy.text_loss(lambda step: text_rows(tokenizer, step))
-    toy.pretrain("llama", model, loss, args.llama_steps, 1e-3, args.out)
+    loss = towers.text_loss(lambda step: text_rows(tokenizer, step))
+    towers.pretrain("llama", model, loss, args.llama_steps, 1e-3, args.out)
     CLIP.from_pretrained(args.source / "clip", dtype=torch.bfloat16).save_pretrained(args.towers / "clip")
     model.bfloat16().save_pretrained(args.towers / "llama")
     shutil.copyfile(tokenizer.file, args.towers / "llama" / tokenizer.file.name)

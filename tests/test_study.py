@@ -13,6 +13,7 @@ import study
 import toy
 from clip import CLIPVision
 from llama import Llama, Tokenizer
+from towers import clip_config, llama_config
 from weights import UserError, autocast_dtype
 
 
@@ -52,8 +53,9 @@ def world(towers, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     study.main(["towers", "--source", str(towers), "--towers", str(out / "towers"), "--out", str(out),
                 "--llama-steps", "2"])
-    return dict(out=out, source=towers, towers=out / "towers", tower=CLIPVision.from_pretrained(out / "towers" / "clip"),
-                tokenizer=Tokenizer.from_pretrained(out / "towers" / "llama"))
+    made = out / "towers"
+    return dict(out=out, source=towers, towers=made, tower=CLIPVision.from_pretrained(made / "clip"),
+                tokenizer=Tokenizer.from_pretrained(made / "llama"))
 
 
 def test_texts_tell_the_background_and_ask_for_it(world):
@@ -165,8 +167,10 @@ def test_the_claims(capsys):
     """On answers made so that the truth is known: what is below is told, on either side, and what isn't, isn't."""
     rng, Q = random.Random(0), 1000
     places = findings.by_kind(Q)
-    draw = lambda chance, kind=None: torch.tensor([100.0 * (rng.random() < (chance if kind is None or i in kind else 0.5))
-                                                   for i in range(Q)])
+
+    def draw(chance, kind=range(Q)):              # 0.5 of other kinds
+        return torch.tensor([100.0 * (rng.random() < (chance if i in kind else 0.5)) for i in range(Q)])
+
     rows = {name: {seed: draw(chance) for seed in range(4)} for name, chance in
             (("ccra", 0.8), ("llava", 0.6), ("wide", 0.95), ("sti", 0.8), ("kernel 3", 0.6))}
     rows["without pwca"] = {seed: torch.where(draw(0.2, set(places["word"])) > 50, 100.0, 0.0) for seed in range(4)}
@@ -185,7 +189,7 @@ def test_every_row_is_the_model_it_says(tmp_path):
     args = study.argparse.Namespace(steps=(2, 2), out=tmp_path)
     names = [name for name, _ in study.plan()]
     assert names.count("ccra") == study.SEEDS and names.count("anchor -2") == study.SWEEP_SEEDS
-    tower, llm = CLIPVision(toy.clip_config(64)[0]), Llama(toy.llama_config(64))
+    tower, llm = CLIPVision(clip_config(64)[0]), Llama(llama_config(64))
     models = {name: study.build(name, study.arguments_of(name, 7, 2, args), tower, llm)
               for name in study.ROWS | study.SWEEPS}
     said = {name: (model.fuser.name, model.fuser.config, model.query) for name, model in models.items()}
