@@ -129,8 +129,11 @@ def make_towers(args) -> None:
 # Runs
 
 def plan() -> list[tuple[str, int]]:
-    """(row, seed) of all runs, seed by seed, so that a study that is cut short has all rows."""
-    return [(name, seed) for seed in range(SEEDS) for name in [*ROWS, *(SWEEPS if seed < SWEEP_SEEDS else ())]]
+    """(row, seed) of all runs, seed by seed, so that a study that is cut short has all rows: three seeds of these, then
+    the sweeps, then the other seeds."""
+    seeds = [(name, seed) for seed in range(SEEDS) for name in ROWS]
+    first = SWEEP_SEEDS * len(ROWS)
+    return seeds[:first] + [(name, seed) for seed in range(SWEEP_SEEDS) for name in SWEEPS] + seeds[first:]
 
 
 def arguments_of(name: str, seed: int, stage: int, args) -> argparse.Namespace:
