@@ -23,9 +23,11 @@ from weights import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# A CPU that multiplies bfloat16 in hardware is so fast at it that the fused kernel's backward, which hardly profits,
-# takes twice as long as attention written out. Elsewhere the fused kernel wins (50 ms against 74), as on any GPU.
+# A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half of the time in
+# training, and a prompt's a third, of the fused kernel, which hardly profits. Elsewhere the fused kernel wins (50 ms
+# against 74), as on any GPU.
 WRITE_OUT = {torch.bfloat16} - SLOW
+QUERIES = 256           # of a prompt at a time: what comes before the last of them is all that they look at
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -37,12 +39,19 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type != "cpu":
+        return _fused(q, k, v, mask, causal)
     # In half precision the kernel takes one query (a new token) three times as long as in float32, the conversion of
     # all keys and values included; many queries are as in linear.py.
-    if q.dtype in HALF and (q.dtype in SLOW or q.shape[-2] == 1) and q.device.type == "cpu" and not trains:
+    if q.dtype in HALF and (q.dtype in SLOW or q.shape[-2] == 1) and not trains:
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-    write_out = q.dtype in WRITE_OUT and q.device.type == "cpu" and trains
-    return (_written_out if write_out else _fused)(q, k, v, mask, causal)
+    if q.dtype not in WRITE_OUT or not (trains or causal):
+        return _fused(q, k, v, mask, causal)
+    if trains:
+        return _written_out(q, k, v, mask, causal)
+    ends = [min(at + QUERIES, q.shape[-2]) for at in range(0, q.shape[-2], QUERIES)]
+    return torch.cat([_written_out(part, k[:, :, :end], v[:, :, :end], None, True)
+                      for part, end in zip(q.split(QUERIES, dim=2), ends)], dim=2)
 
 
 def _fused(q, k, v, mask, causal):
@@ -60,13 +69,17 @@ def _written_out(q, k, v, mask, causal):
     if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
         hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # needs no backward: half the time
         scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    # In float32, for the sake of the backward; without one that is where the kernel computes anyway.
+    wide = torch.promote_types(scores.dtype, torch.float32) if scores.requires_grad else None
+    shares = scores.softmax(-1, dtype=wide)
     y = shares.to(v.dtype) @ v                                                   # (B, H, Tq, hd)
     return y if mask is None else y.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def _lower_triangle(q, k):
-    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()      # (Tq, Tk)
+    """(Tq, Tk): the queries are the last Tq positions."""
+    Tq, Tk = q.shape[-2], k.shape[-2]
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def test_attention_fused_equals_written_out(mask, causal, monkeypatch):
     assert all(r.isfinite().all() for r in results[0] + results[1])
     for fused, written in zip(*results):
         torch.testing.assert_close(fused, written, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(clip, "QUERIES", 2)                # at inference, in pieces, the last one short
+    with torch.no_grad():
+        torch.testing.assert_close(attention(*qkv, mask, causal), results[0][0], rtol=1e-12, atol=1e-12)
     # and both against a loop over rows that is too simple to be wrong
     q, k, v = (t.detach() for t in qkv)
     allowed = torch.ones(2, 3, 5, 5, dtype=torch.bool) if mask is None else mask.expand(2, 3, 5, 5)
@@ -77,18 +80,19 @@ def test_attention_fused_equals_written_out(mask, causal, monkeypatch):
         torch.testing.assert_close(results[0][0][b, h, t], row, rtol=1e-12, atol=1e-12)
 
 
-def test_attention_picks_by_hardware_and_training(monkeypatch):
+def test_attention_picks_by_hardware_and_use(monkeypatch):
     calls = []
     monkeypatch.setattr(clip, "_written_out", lambda *a: calls.append("written out"))
     monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
+    monkeypatch.setattr(torch, "cat", lambda parts, dim: parts)
     leaf, plain = torch.randn(1, 1, 2, 2, requires_grad=True), torch.randn(1, 1, 2, 2)
     for write_out in ({torch.float32}, set()):
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
         attention(plain, plain, leaf)
-        attention(plain, plain, plain)
+        attention(plain, plain, plain, causal=True)
         with torch.no_grad():
             attention(leaf, leaf, leaf)
-    assert calls == ["written out"] + 5 * ["fused"]
+    assert calls == 2 * ["written out"] + 4 * ["fused"]
 
 
 def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
