@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clip import attention
 from formats import Folder
-from linear import Columns, Int8, Linear, replace
+from linear import Columns, Int8, Linear, keep_memory, replace
 from weights import UserError, read_config, read_json, save, skeleton
 
 
@@ -337,6 +337,7 @@ class Llama(nn.Module):
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
+        keep_memory(embeds.device)
         (B, prompt, _), context = embeds.shape, self.config.max_position_embeddings
         if prompt >= context:
             raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")

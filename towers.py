@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig, preprocess
 from data import IGNORE, SYSTEM, render
+from linear import keep_memory
 from llama import Llama, LlamaConfig, Tokenizer
 from toy import (CATEGORIES, COLORS, KINDS, LOOKALIKE, PATCH, PLACES, QUESTIONS, SHAPES, SIZE, WORDS, Scene, ask, box,
                  caption, conversation, draw, glimpses, grid, held_out, layout, make_scene, record)
@@ -113,6 +114,7 @@ def pretrain(name, model, loss_of_step, steps, lr, out: Path):
     rows = log.read_text().splitlines()[1:] if start else []       # what was logged after the checkpoint is done again
     rows = ["step,loss,right"] + [row for row in rows if int(row.split(",")[0]) <= start]
     log.write_text("".join(f"{row}\n" for row in rows))
+    keep_memory(torch.device("cpu"))
     began = time.perf_counter()
     for step in range(start, steps):
         rate = min(1, (step + 1) / 50, (steps - step) / (steps / 4))

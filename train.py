@@ -41,6 +41,7 @@ from ccra import NAMED, NORMS, ORDERS, VLM
 from clip import CLIPVision, CLIPVisionConfig
 from data import GROUPS, order, split
 from formats import Folder
+from linear import keep_memory
 from llama import Llama, LlamaConfig, Tokenizer
 from parallel import total
 from prepare import Prepared
@@ -421,6 +422,7 @@ def say_answers(model, tokenizer, device, step, n=4):
 
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after or SIGTERM ended it."""
+    keep_memory(device)
     steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
     picture_rows = vlm.picture_rows
     like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
