@@ -229,8 +229,7 @@ def test_memory_is_kept():
         pages()
         given_back = pages()
         linear.keep_memory(torch.device("cpu"))
-        pages()
-        print(given_back, pages())"""
+        print(given_back, min(pages() for _ in range(6)))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     given_back, kept = map(float, done.stdout.split())
     assert kept < 2000 and (kept < given_back / 4 or given_back < 2000)      # some machines give back in pages of 2 MB
