@@ -17,17 +17,18 @@ from PIL import Image
 
 import weights
 from formats import Folder, tower_name
-from linear import HALF, SLOW, Linear
+from linear import SLOW, Linear
 from weights import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 # A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half of the time in
-# training, and a prompt's a third, of the fused kernel, which hardly profits. Elsewhere the fused kernel wins (50 ms
-# against 74), as on any GPU.
+# training, and a third for a prompt or a new token, of the fused kernel, which hardly profits. Elsewhere the fused
+# kernel wins (50 ms against 74), as on any GPU.
 WRITE_OUT = {torch.bfloat16} - SLOW
 QUERIES = 256           # of a prompt at a time: what comes before the last of them is all that they look at
+FEW = 16                # queries less than these are those of one new token, for heads that share keys
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -39,15 +40,12 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type != "cpu":
-        return _fused(q, k, v, mask, causal)
-    # In half precision the kernel takes one query (a new token) three times as long as in float32, the conversion of
-    # all keys and values included; many queries are as in linear.py.
-    if q.dtype in HALF and (q.dtype in SLOW or q.shape[-2] == 1) and not trains:
+    on_cpu, new = q.device.type == "cpu", q.shape[-2] < FEW
+    if on_cpu and q.dtype in SLOW and not trains:                                # as in linear.py, all keys converted
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-    if q.dtype not in WRITE_OUT or not (trains or causal):
+    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or causal or new):
         return _fused(q, k, v, mask, causal)
-    if trains:
+    if trains or new:
         return _written_out(q, k, v, mask, causal)
     ends = [min(at + QUERIES, q.shape[-2]) for at in range(0, q.shape[-2], QUERIES)]
     return torch.cat([_written_out(part, k[:, :, :end], v[:, :, :end], None, True)
@@ -65,7 +63,9 @@ def _fused(q, k, v, mask, causal):
 def _written_out(q, k, v, mask, causal):
     if causal:
         mask = _lower_triangle(q, k)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                     # (B, H, Tq, Tk)
+    q = q * q.shape[-1] ** -0.5
+    # For a few queries keys are read in their own order, which is much faster.
+    scores = (k @ q.mT).mT if q.shape[-2] < FEW else q @ k.mT                    # (B, H, Tq, Tk)
     if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
         hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # needs no backward: half the time
         scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clip import attention
 from formats import Folder
-from linear import Columns, Int8, Linear, keep_memory, replace
+from linear import Columns, Int8, Linear, fetch, keep_memory, replace
 from weights import UserError, read_config, read_json, save, skeleton
 
 
@@ -256,7 +256,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.packed = config, False
+        self.config, self.packed, self.fetched = config, False, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -338,6 +338,9 @@ class Llama(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
         keep_memory(embeds.device)
+        if not self.fetched and embeds.device.type == "cpu":
+            fetch(self)
+            self.fetched = True
         (B, prompt, _), context = embeds.shape, self.config.max_position_embeddings
         if prompt >= context:
             raise UserError(f"no room to answer: {prompt} positions with the picture, the language model has {context}")
