@@ -24,10 +24,10 @@ from weights import UserError
 # Attention
 
 # A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half of the time in
-# training, and a third for a prompt or a new token, of the fused kernel, which hardly profits. Elsewhere the fused
+# training, and a third for a long prompt or a new token, of the fused kernel, which hardly profits. Elsewhere the fused
 # kernel wins (50 ms against 74), as on any GPU.
 WRITE_OUT = {torch.bfloat16} - SLOW
-QUERIES = 256           # of a prompt at a time: what comes before the last of them is all that they look at
+QUERIES = 256           # of a long prompt at a time: what comes before the last of them is all that they look at
 FEW = 16                # queries less than these are those of one new token, for heads that share keys
 
 
@@ -43,7 +43,8 @@ def attention(q, k, v, mask=None, causal=False):
     on_cpu, new = q.device.type == "cpu", q.shape[-2] < FEW
     if on_cpu and q.dtype in SLOW and not trains:                                # as in linear.py, all keys converted
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or causal or new):
+    long = causal and q.shape[-2] > QUERIES
+    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or new or long):
         return _fused(q, k, v, mask, causal)
     if trains or new:
         return _written_out(q, k, v, mask, causal)

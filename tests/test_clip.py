@@ -85,15 +85,17 @@ def test_attention_picks_by_hardware_and_use(monkeypatch):
     monkeypatch.setattr(clip, "_written_out", lambda *a: calls.append("written out"))
     monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
     monkeypatch.setattr(torch, "cat", lambda parts, dim: parts)
+    monkeypatch.setattr(clip, "QUERIES", 19)
     leaf, plain = torch.randn(1, 1, 20, 2, requires_grad=True), torch.randn(1, 1, 20, 2)
     for write_out in ({torch.float32}, set()):
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
         attention(plain, plain, leaf)                      # training
-        attention(plain, plain, plain, causal=True)        # a prompt
+        attention(plain, plain, plain, causal=True)        # a long prompt, in two pieces
+        attention(*3 * [plain[:, :, 1:]], causal=True)     # a short one
         attention(plain[:, :, :1], plain, plain)           # a new token
         with torch.no_grad():
             attention(leaf, leaf, leaf)                    # a picture
-    assert calls == 3 * ["written out"] + 5 * ["fused"]
+    assert calls == 3 * ["written out"] + ["fused"] + ["written out"] + 6 * ["fused"]
 
 
 def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
