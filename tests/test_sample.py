@@ -111,13 +111,13 @@ def test_the_embedded_weights_are_small():
 
 
 def test_held_out_accuracy():
-    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give 94.7%."""
+    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give 97.8%."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     items, cpu = toy.exam(7, 320), torch.device("cpu")
     seen, grey = (evaluation.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
                   for grey in (False, True))
-    assert seen["accuracy"] >= 0.93 and seen["n"] == 320 and set(seen["kinds"]) == set(toy.QUESTIONS)
+    assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(toy.QUESTIONS)
     assert grey["accuracy"] <= 0.45
 
 
