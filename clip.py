@@ -29,6 +29,7 @@ from weights import UserError
 WRITE_OUT = {torch.bfloat16} - SLOW
 QUERIES = 256           # of a long prompt at a time: what comes before the last of them is all that they look at
 FEW = 16                # queries less than these are those of one new token, for heads that share keys
+MANY = 2 ** 19          # numbers of keys from which on that is worth its seven operations
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -40,7 +41,7 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    on_cpu, new = q.device.type == "cpu", q.shape[-2] < FEW
+    on_cpu, new = q.device.type == "cpu", q.shape[-2] < FEW and k.numel() > MANY
     if on_cpu and q.dtype in SLOW and not trains:                                # as in linear.py, all keys converted
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     long = causal and q.shape[-2] > QUERIES

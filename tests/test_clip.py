@@ -86,16 +86,18 @@ def test_attention_picks_by_hardware_and_use(monkeypatch):
     monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
     monkeypatch.setattr(torch, "cat", lambda parts, dim: parts)
     monkeypatch.setattr(clip, "QUERIES", 19)
+    monkeypatch.setattr(clip, "MANY", 39)
     leaf, plain = torch.randn(1, 1, 20, 2, requires_grad=True), torch.randn(1, 1, 20, 2)
     for write_out in ({torch.float32}, set()):
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
         attention(plain, plain, leaf)                      # training
         attention(plain, plain, plain, causal=True)        # a long prompt, in two pieces
         attention(*3 * [plain[:, :, 1:]], causal=True)     # a short one
-        attention(plain[:, :, :1], plain, plain)           # a new token
+        attention(plain[:, :, :1], plain, plain)           # a new token, after many
+        attention(plain[:, :, :1], *2 * [plain[:, :, 1:]])  # after few
         with torch.no_grad():
             attention(leaf, leaf, leaf)                    # a picture
-    assert calls == 3 * ["written out"] + ["fused"] + ["written out"] + 6 * ["fused"]
+    assert calls == 3 * ["written out"] + ["fused"] + ["written out"] + 8 * ["fused"]
 
 
 def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
@@ -112,6 +114,7 @@ def test_one_query_in_half_precision(dtype, slow, monkeypatch):
     """Where the CPU is slow at it, by way of float32: rounded once. Else scores and shares are rounded, too."""
     monkeypatch.setattr(clip, "SLOW", {dtype} if slow else set())
     monkeypatch.setattr(clip, "WRITE_OUT", set() if slow else {dtype})
+    monkeypatch.setattr(clip, "MANY", 0)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, t, 8).to(dtype) for t in (1, 70, 70))
     out = attention(q, k, v)
