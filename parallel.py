@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -279,7 +280,13 @@ class Stop:
         self.asked = True
 
     @staticmethod
-    def ignore(*_):
-        """For the processes that read pictures: a signal to the whole group reaches them, too, and that step needs
-        them. They end when the DataLoader tells them to, or when their parent is gone."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def in_reader(*_):
+        """For the processes that read pictures: a signal to the whole group reaches them, too, but the trainer's step
+        still needs them. So they end at its word alone, where the system tells who sent a signal (Linux)."""
+        def wait():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=wait, daemon=True).start()

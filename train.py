@@ -433,7 +433,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=(piece for _, mine, _ in ahead for piece in mine), num_workers=args.workers,
         prefetch_factor=max(2, math.ceil(of_a_step / args.workers)) if args.workers else None,
-        worker_init_fn=parallel.Stop.ignore,
+        worker_init_fn=parallel.Stop.in_reader,
         generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
         collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
