@@ -24,12 +24,10 @@ from weights import UserError
 # Attention
 
 # A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half of the time in
-# training, and a third for a long prompt or a new token, of the fused kernel, which hardly profits. Elsewhere the fused
-# kernel wins (50 ms against 74), as on any GPU.
+# training, and a third for a long prompt, of the fused kernel, which hardly profits. Elsewhere the fused kernel wins
+# (50 ms against 74), as on any GPU. (A new token, one query for all that came before, is llama.KVCache's affair.)
 WRITE_OUT = {torch.bfloat16} - SLOW
 QUERIES = 256           # of a long prompt at a time: what comes before the last of them is all that they look at
-FEW = 16                # queries less than these are those of one new token, for heads that share keys
-MANY = 2 ** 19          # numbers of keys from which on that is worth its seven operations
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -41,13 +39,13 @@ def attention(q, k, v, mask=None, causal=False):
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    on_cpu, new = q.device.type == "cpu", q.shape[-2] < FEW and k.numel() > MANY
+    on_cpu = q.device.type == "cpu"
     if on_cpu and q.dtype in SLOW and not trains:                                # as in linear.py, all keys converted
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     long = causal and q.shape[-2] > QUERIES
-    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or new or long):
+    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or long):
         return _fused(q, k, v, mask, causal)
-    if trains or new:
+    if trains:
         return _written_out(q, k, v, mask, causal)
     ends = [min(at + QUERIES, q.shape[-2]) for at in range(0, q.shape[-2], QUERIES)]
     return torch.cat([_written_out(part, k[:, :, :end], v[:, :, :end], None, True)
@@ -66,8 +64,7 @@ def _written_out(q, k, v, mask, causal):
     if causal:
         mask = _lower_triangle(q, k)
     q = q * q.shape[-1] ** -0.5
-    # For a few queries keys are read in their own order, which is much faster.
-    scores = (k @ q.mT).mT if q.shape[-2] < FEW else q @ k.mT                    # (B, H, Tq, Tk)
+    scores = q @ k.mT                                                            # (B, H, Tq, Tk)
     if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
         hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # needs no backward: half the time
         scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)

@@ -8,7 +8,8 @@ well:
                 is several times slower than a float32 one. `blocks` turns some rows of W at a time into float32, in
                 one buffer that stays in the cache, and multiplies there: as exact or exacter
     one row     turning the numbers into float32, not reading them, is what takes the time: a core reads half of what
-                it could. `Columns` lays W out anew, for a kernel that FBGEMM compiles for this very CPU
+                it could. `sums` uses a kernel that FBGEMM compiles for this very CPU. `Columns` lays W out anew for
+                it; keys and values of old positions lie as it wants them from the start
     int8        `Int8` keeps a byte a number: half the memory, and half as much to read for every token
 
 `Linear` is what models are built of: nn.Linear in every respect, but for many rows at inference. The other two replace
@@ -77,26 +78,43 @@ class Linear(nn.Linear):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One row of x
+
+SUMS = "fbgemm" in torch.backends.quantized.supported_engines      # x86: whether `sums` is worth anything here
+
+
+@lru_cache(16)
+def _bags(n: int, room: int, g: int, m: int) -> tuple[Tensor, Tensor]:
+    """For n tables of `room` lines: the lines that go into n * g bags, the first m of each table into g of them."""
+    lines = torch.arange(n * room, dtype=torch.int32).view(n, 1, room)[..., :m].expand(n, g, m)
+    return lines.reshape(-1), torch.arange(0, n * g * m, m, dtype=torch.int32)
+
+
+def sums(tables: Tensor, weights: Tensor) -> Tensor:
+    """The sum of a table's first m lines, each weighted, g times for each of n tables of the same half precision.
+
+    tables (n, room, W) contiguous, weights (n, g, m) -> (n, g, W). That's what an embedding bag does with lines of a
+    table. Its kernel sums in float32, in registers, over memory that is read in order.
+    """
+    n, room, W = tables.shape
+    lines, bags = _bags(n, room, *weights.shape[1:])
+    return torch.embedding_bag(tables.view(-1, W), lines, bags, mode=0,
+                               per_sample_weights=weights.reshape(-1))[0].view(n, -1, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Layers that replace others. Each takes several weights of the same width, to be one layer: q, k and v, or gate and up.
-
-@lru_cache
-def _bags(n: int, D: int) -> tuple[Tensor, Tensor]:
-    """Which lines of a table go into which bag: all n * D, in order, D to a bag."""
-    return torch.arange(n * D, dtype=torch.int32), torch.arange(0, n * D, D, dtype=torch.int32)
-
 
 class Columns(nn.Module):
     """A half-precision weight (O, D) as a table (O/64, D, 64): a column of 64 numbers lies together.
 
-    W x is the sum of W's columns, each weighted with a number of x. That is what an embedding bag does with lines of a
-    table, so here 64 outputs are a bag of D lines. Its kernel sums in float32, in registers, over memory read in order.
+    W x is the sum of W's columns, each weighted with a number of x: `sums`, 64 outputs at a time.
     """
 
     def __init__(self, weights: list[Tensor]):
         super().__init__()
         D, self.width = weights[0].shape[1], sum(map(len, weights))
         self.register_buffer("table", weights[0].new_empty(self.width // WIDTH, D, WIDTH))
-        self.parts = [part.view(-1, WIDTH) for part in self.table.split(STRIPS)]     # of up to (64 D, 64)
         advise(self.table, HUGE)
         # Read down a column of W, every line would fall into the same few slots of the cache; hence the 40 more.
         strip, at = weights[0].new_empty(WIDTH, D + 40)[:, :D], 0                    # (64, D)
@@ -108,17 +126,15 @@ class Columns(nn.Module):
     @staticmethod
     def fit(weights: list[Tensor]) -> bool:
         """Whether these weights can be laid out so, and this machine gains from it. If not, they stay as they are."""
-        return ("fbgemm" in torch.backends.quantized.supported_engines
-                and all(weight.dtype in HALF and len(weight) % WIDTH == 0 for weight in weights))
+        return SUMS and all(weight.dtype in HALF and len(weight) % WIDTH == 0 for weight in weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)"""
         n, D, _ = self.table.shape
         if x.numel() == D:
-            weights = x.reshape(1, D).expand(min(n, STRIPS), D).reshape(-1)          # of every line of a part
-            sums = [torch.embedding_bag(lines, *_bags(len(lines) // D, D), mode=0,   # up to (64, 64) each
-                                        per_sample_weights=weights[:len(lines)])[0] for lines in self.parts]
-            return torch.cat(sums).view(*x.shape[:-1], self.width)                   # (n, 64), which are the O
+            weights = x.reshape(1, 1, D).repeat(min(n, STRIPS), 1, 1)                # (64, 1, D)
+            parts = [sums(part, weights[:len(part)]) for part in self.table.split(STRIPS)]   # up to (64, 1, 64) each
+            return torch.cat(parts).view(*x.shape[:-1], self.width)                  # (n, 1, 64), which are the O
         rows, y = x.reshape(-1, D), x.new_empty(x.numel() // D, self.width)          # (R, D), (R, O)
         if x.dtype not in SLOW:
             for at, part in enumerate(self.table):                                   # (D, 64)

@@ -86,18 +86,16 @@ def test_attention_picks_by_hardware_and_use(monkeypatch):
     monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
     monkeypatch.setattr(torch, "cat", lambda parts, dim: parts)
     monkeypatch.setattr(clip, "QUERIES", 19)
-    monkeypatch.setattr(clip, "MANY", 39)
     leaf, plain = torch.randn(1, 1, 20, 2, requires_grad=True), torch.randn(1, 1, 20, 2)
     for write_out in ({torch.float32}, set()):
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
         attention(plain, plain, leaf)                      # training
         attention(plain, plain, plain, causal=True)        # a long prompt, in two pieces
         attention(*3 * [plain[:, :, 1:]], causal=True)     # a short one
-        attention(plain[:, :, :1], plain, plain)           # a new token, after many
-        attention(plain[:, :, :1], *2 * [plain[:, :, 1:]])  # after few
+        attention(plain[:, :, :1], plain, plain)           # a new token
         with torch.no_grad():
             attention(leaf, leaf, leaf)                    # a picture
-    assert calls == 3 * ["written out"] + ["fused"] + ["written out"] + 8 * ["fused"]
+    assert calls == 3 * ["written out"] + 8 * ["fused"]
 
 
 def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
@@ -109,18 +107,16 @@ def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypat
     torch.testing.assert_close(fused, written, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype, slow", [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)])
-def test_one_query_in_half_precision(dtype, slow, monkeypatch):
-    """Where the CPU is slow at it, by way of float32: rounded once. Else scores and shares are rounded, too."""
-    monkeypatch.setattr(clip, "SLOW", {dtype} if slow else set())
-    monkeypatch.setattr(clip, "WRITE_OUT", set() if slow else {dtype})
-    monkeypatch.setattr(clip, "MANY", 0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_query_where_the_cpu_is_slow_at_half_precision(dtype, monkeypatch):
+    """By way of float32: rounded once."""
+    monkeypatch.setattr(clip, "SLOW", {dtype})
+    monkeypatch.setattr(clip, "WRITE_OUT", set())
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, t, 8).to(dtype) for t in (1, 70, 70))
     out = attention(q, k, v)
     exact = clip._written_out(q.double(), k.double(), v.double(), None, False)           # (2, 2, 1, 8)
-    eps = torch.finfo(dtype).eps
-    allowed = eps * exact.abs() + 1e-6 if slow else 2 * eps * v.abs().max()
+    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6
     assert out.dtype == dtype and ((out.double() - exact).abs() <= allowed).all()
 
 

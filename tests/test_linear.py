@@ -30,7 +30,7 @@ def slow_half(monkeypatch):
         monkeypatch.setattr(sys.modules[module], "SLOW", set(HALF))
 
 
-needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is x86's")
+needs_fbgemm = pytest.mark.skipif(not linear.SUMS, reason="FBGEMM is x86's")
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -55,6 +55,16 @@ def test_blocks_and_columns(rows, D, O, dtype, monkeypatch):
     close(columns(x), slow, dtype)
     monkeypatch.setattr(linear, "SLOW", set())             # as on a CPU that multiplies this dtype in hardware
     close(columns(x), slow, dtype)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("n, room, g, m, W", [(1, 5, 1, 5, 64), (3, 70, 1, 66, 32), (2, 16, 4, 16, 131), (4, 9, 2, 1, 7)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_sums(n, room, g, m, W, dtype):
+    """What lies behind the first m lines is never looked at: there is NaN."""
+    tables, weights = draw(n, room, W, dtype=dtype), draw(n, g, m, dtype=dtype, seed=1)
+    tables[:, m:] = torch.nan
+    close(linear.sums(tables, weights), weights.double() @ tables[:, :m].double(), dtype)
 
 
 def test_the_table_is_the_weight_in_another_order():

@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import torch
 
+import llama
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
 from weights import Tensors, UserError, save
 
@@ -161,6 +162,51 @@ def test_cache_in_pieces_with_padding():
     parts = [net(ids[:, a:b], mask=mask[:, :b], cache=cache) for a, b in ((0, 4), (4, 9), (9, 10), (10, 12))]
     whole = net(ids, mask=mask)
     torch.testing.assert_close(torch.cat(parts, 1)[mask], whole[mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not llama.SUMS, reason="FBGEMM is x86's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_new_token_attends_by_sums(kind, padded, dtype, monkeypatch):
+    """A turned cache against the equation in float64, keys shared by heads or not; what isn't filled yet is NaN."""
+    monkeypatch.setattr(llama, "MANY", 0)
+    config = SHAPES[kind]
+    cache, B, n_kv, hd = KVCache(config, 2, 9, dtype), 2, config.num_key_value_heads, config.head_dim
+    assert cache.turned and cache.keys[1].shape == cache.values[1].shape == (B, n_kv, 9, hd)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)
+    torch.manual_seed(0)
+    k, v = (torch.randn(B, n_kv, 6, hd, dtype=dtype) for _ in range(2))
+    q = torch.randn(B, config.num_attention_heads, 1, hd, dtype=dtype)
+    cache.append(1, k[:, :, :5], v[:, :, :5])
+    cache.length = 5
+    seen = cache.append(1, k[:, :, 5:], v[:, :, 5:])
+    assert torch.equal(seen[0], k) and torch.equal(seen[1], v)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()[:, None, None] if padded else None
+    group = config.num_attention_heads // n_kv
+    wide_k, wide_v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    scores = q.double() @ wide_k.mT / hd ** 0.5
+    want = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ wide_v
+    got = cache.attend(1, q, mask)
+    assert got.dtype == dtype and (got - want).abs().max() < 4 * torch.finfo(dtype).eps * v.abs().max()
+
+
+@pytest.mark.skipif(not llama.SUMS, reason="FBGEMM is x86's")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_turned_cache_decodes_as_one_that_is_not(kind, monkeypatch):
+    """In pieces, padded on the left, in bfloat16, beside the same model in float32 without a cache."""
+    net = model(SHAPES[kind])
+    ids, mask = left_padded([12, 7])
+    whole, half = net(ids, mask=mask)[mask], net.bfloat16()
+    off = []
+    for many in (0, 2 ** 30):
+        monkeypatch.setattr(llama, "MANY", many)
+        cache = KVCache(net.config, 2, 12, torch.bfloat16)
+        assert cache.turned == (many == 0)
+        steps = [half(ids[:, a:b], mask=mask[:, :b], cache=cache) for a, b in ((0, 4), (4, 9), (9, 10), (10, 11), (11, 12))]
+        off.append((torch.cat(steps, 1)[mask].float() - whole).norm() / whole.norm())
+    assert off[0] < 1.3 * off[1] and off[1] < 0.1
 
 
 def test_a_full_cache_says_so():
