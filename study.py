@@ -42,7 +42,7 @@ from probes import KINDS, caption, conversation, exam, show_probes, states, text
 from weights import UserError, autocast_dtype, run, write_beside
 
 OUT, TOWERS, RESULTS = Path("out/study"), toy.ROOT / "study" / "towers", Path("study/results.csv")
-STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (600, 600), 400, 5000, 3
+STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (900, 600), 400, 5000, 3
 RATES = 1e-2, 2e-3        # of the two stages; with train.py's 3e-3 and 1e-3 seeds differ by 20 points
 
 # name: (train.py's flags, fields of the fuser's configuration that have none)

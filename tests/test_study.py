@@ -31,14 +31,14 @@ def test_the_background_is_what_toy_draws():
         scene = toy.make_scene(f"ground/{i}")
         often, color = max(toy.draw(scene).getcolors(toy.SIZE ** 2))
         assert list(color) == probes.ground(scene)
-        assert probes.tint(scene) in (None, ("red", "green", "blue")[color.index(max(color))])
+        assert probes.tint(scene) in (None, "red" if color[0] > color[2] else "blue")
 
 
 def test_the_exam_is_balanced_and_held_out():
     items = probes.exam(600)
     places = findings.by_kind(600)
     assert all({items[i].kind for i in places[kind]} == {kind} and len(places[kind]) == 60 for kind in probes.KINDS)
-    for kind, most in (("tint", 0.55), ("shade", 0.45)):
+    for kind, most in (("tint", 0.65), ("shade", 0.45)):
         short = [items[i].turns[-1].short for i in places[kind]]
         assert max(map(short.count, short)) < most * len(short)
     assert all(item.scene.key.startswith("test") for item in items)
@@ -62,7 +62,7 @@ def test_texts_tell_the_background_and_ask_for_it(world):
     scenes = [toy.make_scene(f"tell/{i}") for i in range(50)]
     for scene in scenes:
         text = probes.background(scene)
-        assert text in probes.caption(scene).split(", ") and text.split()[-1] == probes.shade(scene)
+        assert probes.caption(scene).startswith(text + ", ") and text.split()[-1] == probes.shade(scene)
         assert probes.tint(scene) is None or text.startswith(probes.tint(scene) + " ")
     before, after = (Llama.from_pretrained(world[key] / "llama") for key in ("source", "towers"))
     assert not torch.equal(before.lm_head.weight.bfloat16(), after.lm_head.weight.bfloat16())        # it was trained
@@ -74,7 +74,7 @@ def test_texts_tell_the_background_and_ask_for_it(world):
     for ids, labels in rows:                                                             # the answers, and nothing else
         told = world["tokenizer"].decode(label for label in labels if label >= 0)
         assert len(ids) == len(labels) and "picture" not in told and told
-    assert len(world["tokenizer"].encode("green picture 3")) == 3
+    assert all(len(world["tokenizer"].encode(text)) == 3 for text in ("red picture 3", "blue picture 1"))
 
 
 def test_kept_features_are_the_towers(world, one_thread):
