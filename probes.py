@@ -6,8 +6,8 @@ Whether a fuser reads one layer or all can only matter if the layers know differ
 fitted to the patches of every layer, for one question after the other, and tested on other scenes.
 
 toy.py's eight kinds of question are answered from deep layers, printed words all the better the deeper. What deep
-layers forget, since no caption tells it, is how the background looks. So the study asks two kinds of question more,
-about the same scenes, which stay as they are, pixel for pixel, and captions tell their answers.
+layers forget, since no caption told it when the CLIP was trained, is how the background looks. So the study asks two
+kinds of question more, about the same scenes, which stay as they are, pixel for pixel, and its captions tell it, too.
 """
 import random
 from pathlib import Path
