@@ -47,7 +47,7 @@ def close(fast, slow, dtype, factor=1.01):
 @pytest.mark.parametrize("dtype", HALF)
 def test_blocks_and_columns(rows, D, O, dtype, monkeypatch):
     monkeypatch.setattr(linear, "BLOCK", 2 ** 13)          # several pieces to a weight, the last one short
-    monkeypatch.setattr(linear, "STRIPS", 2)
+    monkeypatch.setattr(linear, "AT_ONCE", 128)            # two tables' worth
     x, weight = draw(1, rows, D, dtype=dtype) / D ** 0.5, draw(O, D, dtype=dtype, seed=1)
     slow = x.double() @ weight.double().t()                                          # (1, rows, O)
     close(blocks(x, weight), slow, dtype)
@@ -67,11 +67,19 @@ def test_sums(n, room, g, m, W, dtype):
     close(linear.sums(tables, weights), weights.double() @ tables[:, :m].double(), dtype)
 
 
-def test_the_table_is_the_weight_in_another_order():
-    weight = draw(192, 24, dtype=torch.bfloat16)
-    table = Columns([weight[:128], weight[128:]]).table
-    for o in (0, 63, 64, 130, 191):
-        assert torch.equal(table[o // 64, :, o % 64], weight[o])
+@needs_fbgemm
+@pytest.mark.parametrize("O, first, wide, w", [(192, 128, 256, 64), (768, 512, 256, 256), (768, 384, 256, 128), (768, 512, 64, 64)])
+def test_the_table_is_the_weight_in_another_order(O, first, wide, w, monkeypatch):
+    """As wide as the CPU's registers allow, and the weights' numbers of rows."""
+    monkeypatch.setattr(linear, "WIDTH", wide)
+    weight = draw(O, 24, dtype=torch.bfloat16)
+    columns = Columns([weight[:first], weight[first:]])
+    assert columns.table.shape == (O // w, 24, w)
+    for o in (0, 63, 64, 130, O - 1):
+        assert torch.equal(columns.table[o // w, :, o % w], weight[o])
+    x = draw(1, 3, 24, dtype=torch.bfloat16) / 5
+    close(columns(x), x.double() @ weight.double().t(), torch.bfloat16)
+    close(columns(x[:, :1]), x[:, :1].double() @ weight.double().t(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("slow", [set(HALF), {torch.float16}])
