@@ -12,7 +12,8 @@ rate is that of the tokens after the first. Both sides get the same ids, are gre
 
 Two figures of the machine stand below: how fast it reads memory (decoding reads all weights, and the keys and values of
 all that came before, for every token, so bandwidth / bytes is the limit) and how fast it multiplies matrices (the limit
-for the prompt).
+for the prompt). The first is measured by the decoding process itself, right after its first token and after its last:
+what a virtual machine gets of its host's memory can change from one minute to the next.
 """
 import argparse
 import importlib.util
@@ -174,11 +175,28 @@ def peer(args, config):
     yield from zip((step[0] for step in clock.ids[1:]), clock.times[1:])             # the first is the prompt
 
 
+def best(f, n: int) -> float:
+    """Seconds that the fastest of n calls takes, after one more."""
+    times = []
+    for _ in range(n + 1):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def bandwidth() -> float:
+    """Bytes/s of reading memory now: 128 MB, more than caches hold, and too little to make a peak of its own."""
+    import torch
+    memory = torch.ones(2 ** 25)
+    return memory.nbytes / best(lambda: memory.sum(), 8)
+
+
 def side(which, args, config) -> dict:
     """One run of one side. BENCH_STARTED: when the parent started this process."""
     import torch
     torch.set_num_threads(args.threads)
-    started, ids, times, seen = float(os.environ["BENCH_STARTED"]), [], [], []
+    started, ids, times, seen, reads = float(os.environ["BENCH_STARTED"]), [], [], [], []
     steps = dict(ours=ours, peer=peer)[which](args, config)
     result = next(steps)
     result["load"] = time.time() - started
@@ -189,26 +207,25 @@ def side(which, args, config) -> dict:
         times.append(at)
         if len(ids) == 1:
             seen.append(memory())
+            began = at
+            if which == "ours":                # (of the peer's tokens one hears when they are all there)
+                reads.append(bandwidth())
+                began = time.time()
     seen.append(memory())
-    return result | dict(first=times[0] - started, rate=(len(ids) - 1) / (times[-1] - times[0]), ids=ids,
-                         peak=seen[-1]["peak"], anonymous=max(m["anonymous"] for m in seen))
+    result |= dict(first=times[0] - started, rate=(len(ids) - 1) / (times[-1] - began), ids=ids,
+                   peak=seen[-1]["peak"], anonymous=max(m["anonymous"] for m in seen))
+    if which == "ours":
+        result["bandwidth"] = statistics.mean([*reads, bandwidth()])
+        result["bandwidth_share"] = (result["bytes"] + result["cache"]) * result["rate"] / result["bandwidth"]
+        result["matrix_rate"] = result["flops"] / (result["first"] - result["load"])
+    return result
 
 
 def machine(args, config) -> dict:
-    """Best of several: bytes/s of reading 1 GB, and flop/s of matrix products with 512 rows and 4096 x 4096 numbers."""
+    """Best of several: flop/s of matrix products with 512 rows (bfloat16: 64) and 4096 x 4096 numbers."""
     import torch
     torch.set_num_threads(args.threads)
-
-    def best(f, n):
-        times = []
-        for _ in range(n + 1):
-            start = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    memory, result = torch.ones(2 ** 28), {}                                         # far beyond every cache
-    result["bandwidth"] = memory.nbytes / best(lambda: memory.sum(), 8)
+    result = {}
     for name, rows in (("float32", 512), ("bfloat16", 64)):
         x, w = (torch.randn(n, 4096).to(getattr(torch, name)) for n in (rows, 4096))
         result[name] = 2 * rows * 4096 ** 2 / best(lambda: x @ w.t(), 3)
@@ -253,8 +270,7 @@ def measure(args, argv) -> dict:
     for which, found in runs.items():
         result[which] = {key: statistics.median(run[key] for run in found) for key in found[0] if key != "ids"}
     us, limit = result["ours"], result["machine"]
-    us["bandwidth_share"] = (us["bytes"] + us["cache"]) * us["rate"] / limit["bandwidth"]
-    us["matrix_share"] = us["flops"] / (us["first"] - us["load"]) / max(limit["float32"], limit["bfloat16"])
+    us["matrix_share"] = us["matrix_rate"] / max(limit["float32"], limit["bfloat16"])
     if args.peer:
         result["ratio"] = {key: us[key] / result["peer"][key] for key in ("load", "first", "rate", "peak", "anonymous")}
         pairs = list(zip(runs["ours"][0]["ids"], runs["peer"][0]["ids"]))
@@ -277,7 +293,7 @@ def table(r) -> None:
         # In bfloat16 two logits are often the very same number, and rounding elsewhere decides which comes first.
         print("same tokens: " + ("yes" if same == n else f"the first {same} of {n}"))
     us, m = r["ours"], r["machine"]
-    print(f"machine: reads {m['bandwidth'] / 1e9:.1f} GB/s, multiplies {m['float32'] / 1e9:.0f} GFlop/s in float32, "
+    print(f"machine: reads {us['bandwidth'] / 1e9:.1f} GB/s, multiplies {m['float32'] / 1e9:.0f} GFlop/s in float32, "
           f"{m['bfloat16'] / 1e9:.0f} in bfloat16")
     print(f"decoding reads {us['bytes'] / 1e9:.2f} GB of weights and {us['cache'] / 1e9:.2f} GB of keys and values a "
           f"token: {us['bandwidth_share']:.0%} of that bandwidth; the prompt takes {us['flops'] / 1e12:.2f} TFlop: "

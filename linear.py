@@ -120,6 +120,7 @@ class Columns(nn.Module):
         D, self.width = weights[0].shape[1], sum(map(len, weights))
         w = math.gcd(WIDTH, *map(len, weights))
         self.register_buffer("table", weights[0].new_empty(self.width // w, D, w))
+        self.parts = self.table.split(AT_ONCE // w)                                  # of what one call takes
         advise(self.table, HUGE)
         # Read down a column of W, every line would fall into the same few slots of the cache; hence the 40 more.
         strip, at = weights[0].new_empty(w, D + 40)[:, :D], 0                        # (w, D)
@@ -137,9 +138,10 @@ class Columns(nn.Module):
         """(..., D) -> (..., O)"""
         n, D, w = self.table.shape
         if x.numel() == D:
-            weights = x.reshape(1, 1, D).repeat(min(n, AT_ONCE // w), 1, 1)          # (16, 1, D) of a long table
-            parts = [sums(part, weights[:len(part)]) for part in self.table.split(AT_ONCE // w)]   # (16, 1, w) each
-            return torch.cat(parts).view(*x.shape[:-1], self.width)                  # (n, 1, w), which are the O
+            row = x.reshape(1, 1, D)
+            parts = [sums(part, row.expand(len(part), 1, D)) for part in self.parts]  # (up to 16, 1, w) each
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)                    # (n, 1, w), which are the O
+            return y.view(*x.shape[:-1], self.width)
         rows, y = x.reshape(-1, D), x.new_empty(x.numel() // D, self.width)          # (R, D), (R, O)
         if x.dtype not in SLOW:
             for at, part in enumerate(self.table):                                   # (D, w)
