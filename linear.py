@@ -32,8 +32,8 @@ FAST = {torch.bfloat16: autocast_dtype(torch.device("cpu")) == torch.bfloat16,
         torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()}
 SLOW = {dtype for dtype in HALF if not FAST[dtype]}       # what this CPU multiplies by way of float32 only
 BLOCK = 2 ** 21         # numbers of W turned into float32 at a time: 8 MB
-# Outputs that one pass of FBGEMM's kernel keeps in registers: half of AVX512's. The wider, the more of a table is fetched
-# ahead: with 64, 62 of 80 GB/s were read, with 256, 74; with 512, which takes two passes, 61.
+# Outputs that one pass of FBGEMM's kernel keeps in registers: half of AVX512's. The wider, the more of a table is
+# fetched ahead: with 64, 62 of 80 GB/s were read, with 256, 74; with 512, which takes two passes, 61.
 WIDTH = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
 NARROW = 64             # at least so many: a vocabulary of 32,064 can't be cut into more
 AT_ONCE = 4096          # outputs in one call: few, so that which line comes when stays in the cache

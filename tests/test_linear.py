@@ -58,7 +58,8 @@ def test_blocks_and_columns(rows, D, O, dtype, monkeypatch):
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("n, room, g, m, W", [(1, 5, 1, 5, 64), (3, 70, 1, 66, 32), (2, 16, 4, 16, 131), (4, 9, 2, 1, 7)])
+@pytest.mark.parametrize("n, room, g, m, W",
+                         [(1, 5, 1, 5, 64), (3, 70, 1, 66, 32), (2, 16, 4, 16, 131), (4, 9, 2, 1, 7)])
 @pytest.mark.parametrize("dtype", HALF)
 def test_sums(n, room, g, m, W, dtype):
     """What lies behind the first m lines is never looked at: there is NaN."""
@@ -68,7 +69,8 @@ def test_sums(n, room, g, m, W, dtype):
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("O, first, wide, w", [(192, 128, 256, 64), (768, 512, 256, 256), (768, 384, 256, 128), (768, 512, 64, 64)])
+@pytest.mark.parametrize("O, first, wide, w",
+                         [(192, 128, 256, 64), (768, 512, 256, 256), (768, 384, 256, 128), (768, 512, 64, 64)])
 def test_the_table_is_the_weight_in_another_order(O, first, wide, w, monkeypatch):
     """As wide as the CPU's registers allow, and the weights' numbers of rows."""
     monkeypatch.setattr(linear, "WIDTH", wide)

@@ -204,7 +204,8 @@ def test_a_turned_cache_decodes_as_one_that_is_not(kind, monkeypatch):
         monkeypatch.setattr(llama, "MANY", many)
         cache = KVCache(net.config, 2, 12, torch.bfloat16)
         assert cache.turned == (many == 0)
-        steps = [half(ids[:, a:b], mask=mask[:, :b], cache=cache) for a, b in ((0, 4), (4, 9), (9, 10), (10, 11), (11, 12))]
+        steps = [half(ids[:, a:b], mask=mask[:, :b], cache=cache)
+                 for a, b in ((0, 4), (4, 9), (9, 10), (10, 11), (11, 12))]
         off.append((torch.cat(steps, 1)[mask].float() - whole).norm() / whole.norm())
     assert off[0] < 1.3 * off[1] and off[1] < 0.1
 
