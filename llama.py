@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clip import attention
 from formats import Folder
-from linear import HALF, SUMS, Columns, Int8, Linear, fetch, keep_memory, replace, sums
+from linear import HALF, SUMS, Columns, Int8, Linear, fetch, holds, keep_memory, replace, sums
 from weights import UserError, read_config, read_json, save, skeleton
 
 
@@ -412,13 +412,14 @@ class Llama(nn.Module):
         if self.packed:
             raise UserError("this language model is packed already")
         kind, self.packed = Int8 if int8 else Columns, True
+        short = not holds(2 * sum(weight.nbytes for weight in self.parameters()))    # the file, and what comes of it
         for block in self.layers:
             attn, mlp = block.self_attn, block.mlp
-            replace(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", kind)
-            replace(attn, ("o_proj",), "o_proj", kind)
-            replace(mlp, ("gate_proj", "up_proj"), "gate_up_proj", kind)
-            replace(mlp, ("down_proj",), "down_proj", kind)
-        replace(self, ("lm_head",), "lm_head", kind, shared=self.config.tie_word_embeddings)
+            replace(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", kind, short=short)
+            replace(attn, ("o_proj",), "o_proj", kind, short=short)
+            replace(mlp, ("gate_proj", "up_proj"), "gate_up_proj", kind, short=short)
+            replace(mlp, ("down_proj",), "down_proj", kind, short=short)
+        replace(self, ("lm_head",), "lm_head", kind, shared=self.config.tie_word_embeddings, short=short)
         return self
 
     def save_pretrained(self, dir: str | Path) -> None:

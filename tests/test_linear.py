@@ -189,7 +189,8 @@ def test_a_packed_model_is_not_saved_or_packed_again(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_pages_of_a_file_leave_memory_and_come_back(tmp_path):
+@pytest.mark.parametrize("short", [False, True])
+def test_pages_of_a_file_leave_memory_and_come_back(tmp_path, short):
     data = torch.arange(2 ** 20, dtype=torch.float32)
     (tmp_path / "x").write_bytes(bytes(data.numpy()))
     mapped = torch.from_file(str(tmp_path / "x"), shared=False, size=2 ** 20)
@@ -199,12 +200,24 @@ def test_pages_of_a_file_leave_memory_and_come_back(tmp_path):
         return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
     mapped.sum()
     before = resident()
-    forget(mapped[1000:])
+    forget(mapped[1000:], short)
     assert resident() < before - 3500                                                # of 4096 kB
     assert torch.equal(mapped, data)
     own = data.clone()
-    forget(own)                                                                      # no file's: untouched
+    forget(own, short)                                                               # no file's: untouched
     assert torch.equal(own, data)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_memory_that_does_not_hold_both(int8, tmp_path, monkeypatch):
+    """What a model was loaded from is dropped while it is packed: the same model comes of it, and the file stays."""
+    net().save_pretrained(tmp_path)
+    packed, ids = [], torch.randint(128, (1, 5))
+    for size in (2 ** 40, 1):
+        monkeypatch.setattr(linear.os, "sysconf", lambda name, size=size: size)
+        assert linear.holds(2) == (size > 1)
+        packed.append(Llama.from_pretrained(tmp_path).pack(int8)(ids))
+    assert torch.equal(*packed) and Llama.from_pretrained(tmp_path)(ids).isfinite().all()
 
 
 def test_int8_embedded_model():
