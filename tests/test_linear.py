@@ -51,6 +51,8 @@ def test_blocks_and_columns(rows, D, O, dtype, monkeypatch):
     x, weight = draw(1, rows, D, dtype=dtype) / D ** 0.5, draw(O, D, dtype=dtype, seed=1)
     slow = x.double() @ weight.double().t()                                          # (1, rows, O)
     close(blocks(x, weight), slow, dtype)
+    if D % 2:
+        return
     columns = Columns([weight[:64], weight[64:]])
     close(columns(x), slow, dtype)
     monkeypatch.setattr(linear, "SLOW", set())             # as on a CPU that multiplies this dtype in hardware
@@ -66,6 +68,9 @@ def test_sums(n, room, g, m, W, dtype):
     tables, weights = draw(n, room, W, dtype=dtype), draw(n, g, m, dtype=dtype, seed=1)
     tables[:, m:] = torch.nan
     close(linear.sums(tables, weights), weights.double() @ tables[:, :m].double(), dtype)
+    if m % 2 == 0:
+        turns = torch.stack([tables[:, :m // 2], tables[:, m // 2:m]], 2).flatten(1, 2)      # (n, m, W)
+        close(linear.sums(tables, weights, halves=True), weights.double() @ turns.double(), dtype)
 
 
 @needs_fbgemm
@@ -78,7 +83,7 @@ def test_the_table_is_the_weight_in_another_order(O, first, wide, w, monkeypatch
     columns = Columns([weight[:first], weight[first:]])
     assert columns.table.shape == (O // w, 24, w)
     for o in (0, 63, 64, 130, O - 1):
-        assert torch.equal(columns.table[o // w, :, o % w], weight[o])
+        assert torch.equal(columns.table[o // w, :, o % w], torch.cat([weight[o, ::2], weight[o, 1::2]]))
     x = draw(1, 3, 24, dtype=torch.bfloat16) / 5
     close(columns(x), x.double() @ weight.double().t(), torch.bfloat16)
     close(columns(x[:, :1]), x[:, :1].double() @ weight.double().t(), torch.bfloat16)
@@ -164,6 +169,7 @@ def test_what_does_not_fit_stays_as_it_is():
     assert torch.equal(model.pack()(ids), before) and isinstance(model.lm_head, Linear)
     other.pack()
     assert other.layers[0].mlp.gate_up_proj is None and isinstance(other.layers[0].mlp.up_proj, Linear)
+    assert not Columns.fit([draw(64, 33, dtype=torch.bfloat16)])                     # columns come in pairs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
