@@ -92,8 +92,7 @@ class Scenes(toy.ToyScenes):
 
 def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
     """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written where it isn't."""
-    sha = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in tower.parameters())).hexdigest()[:8]
-    path = out / f"{scenes.split}-{len(scenes)}-{sha}.bfloat16"
+    path = out / f"{scenes.split}-{len(scenes)}-{digest(tower)}.bfloat16"
     shape = len(scenes), len(tower.layers) + 1, tower.grid ** 2 + 1, tower.config.hidden_size
 
     def write(tmp):
@@ -155,6 +154,22 @@ def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VL
     return model
 
 
+def digest(*modules: nn.Module, text: str = "") -> str:
+    """Eight letters that tell weights (and a text) from others."""
+    weights = [p.detach().float().numpy().tobytes() for module in modules for p in module.parameters()]
+    return hashlib.sha256(b"".join(weights) + text.encode()).hexdigest()[:8]
+
+
+def kept_projector(model: VLM, course: dict, tower: CLIPVision, out: Path) -> Path | None:
+    """Where the projector is kept that stage 1 ends with, for all rows that end it with the same. Without CCRA the
+    projector alone is trained, and it reads F_v^L twice, whatever else the rows differ in. None: this row is alone."""
+    if course["mode"] != "off" or model.fuser.name != "ccra":
+        return None
+    alike = {key: course[key] for key in ("steps", "samples", "batch", "lr", "warmup", "seed")}
+    text = f"{alike} {model.fuser.config.anchor_layer}"
+    return out / f"stage1-{digest(tower, model.llm, model.projector, text=text)}.pt"
+
+
 def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | None) -> VLM | None:
     """The model after a stage, `before` being that of stage 1; None if SIGTERM came. Goes on from a checkpoint."""
     a = arguments_of(name, seed, stage, args)
@@ -166,13 +181,19 @@ def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | Non
     scenes = Scenes(stage, a.steps * a.batch, tokenizer, tower, args.out, tower.config.image_size)
     a.out.mkdir(parents=True, exist_ok=True)
     course, cpu = train.settings(a, scenes), torch.device("cpu")
+    kept = kept_projector(model, course, tower, args.out)
     dtype = autocast_dtype(cpu)
     trained = train.freeze(model, stage, a.mode)
     train.save_precision(trained, model, dtype)
+    if kept and kept.exists() and not args.again:
+        model.projector.load_state_dict(torch.load(kept, weights_only=True))
+        return model
     optimizer = train.adamw(trained, a.lr)
     start = parallel.Checkpoints(a.out / "checkpoints", a.keep).load(trained, optimizer, course)
     with open(a.out / "steps.txt", "a") as file, redirect_stdout(file):
         done = train.loop(a, model, trained, optimizer, scenes, tokenizer, course, start, 0, 1, cpu, dtype)
+    if done and kept:
+        write_beside(kept, lambda tmp: torch.save(model.projector.state_dict(), tmp))
     return model if done else None
 
 
@@ -251,7 +272,7 @@ def run_all(args):
                 return print("stopped; the same command goes on")
             add(args.results, row)
             for stage in (1, 2):
-                shutil.rmtree(folder / f"stage{stage}" / "checkpoints")
+                shutil.rmtree(folder / f"stage{stage}" / "checkpoints", ignore_errors=True)
         print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
 
 

@@ -115,6 +115,23 @@ def test_a_run_comes_out_twice_and_none_is_done_twice(world, one_thread, monkeyp
     assert of_step((folder / "stage2" / "log.csv").read_text()) == of_step(losses)
 
 
+def test_rows_that_train_the_projector_alike_share_it(world, one_thread, monkeypatch):
+    """Stage 1 without CCRA is the same for all of CCRA's variants, but for the anchor; a row made so is one made alone.
+    Not those of a CCRA that is there in stage 1, of another fuser."""
+    sharing, alone = ["pwca", "token", "query first"], ["ccra", "anchor -2", "stage1 on", "llava"]
+    log = lambda name, stage: world["out"] / "runs" / f"{name}-0".replace(" ", "-") / f"stage{stage}" / "log.csv"
+    losses = lambda: [[row[:4] for row in csv.reader(log(name, 2).read_text().splitlines())] for name in sharing]
+    monkeypatch.setattr(study, "add", lambda path, row: None)
+    command(world, "--only", *alone, *sharing)
+    assert [name for name in alone + sharing if log(name, 1).exists()] == alone
+    together = losses()
+    command(world, "--only", *sharing, "--again")
+    assert losses() == together and len(set(map(str, together))) == len(sharing)
+    assert all(log(name, 1).exists() for name in sharing)
+    states = [torch.load(path, weights_only=True) for path in world["out"].glob("stage1-*.pt")]
+    assert len(states) == 2 and not any(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))   # 2 anchors
+
+
 def test_a_row_that_differs_is_refused_and_nothing_is_lost(tmp_path):
     path = tmp_path / "results.csv"
     row = dict(row="ccra", seed=0, steps="2+2", questions=4, accuracy="0.5000", commit="abc", right="1a")
