@@ -138,17 +138,18 @@ def show_claims(rows: dict[str, dict[int, Tensor]]) -> None:
 
 
 def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
-    """A column for each kind, a line for each row: the difference, its interval, and 0."""
-    left, top, width, line, fine = 130, 60, 110, 22, 2
+    """A column for each kind, as wide as its widest interval, and a line for each row: the difference, its interval."""
+    left, top, width, line, fine = 130, 76, 110, 22, 2
     size = fine * (left + width * (len(KINDS) + 1) + 10), fine * (top + line * len(found) + 20)
     image = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12 * fine)
-    most = max([abs(mean) + half for _, cells in found.values() for mean, half in cells.values()] + [1.0])
     write = lambda x, y, text, anchor: pen.text((fine * x, fine * y), text, font=font, fill=(60, 60, 60), anchor=anchor)
-    write(10, 14, f"{title}; a column is {most:.1f} points wide to each side", "lm")
+    write(10, 14, f"{title}, with 95% intervals; blue: 0 is outside; columns reach as far as they say", "lm")
     for column, kind in enumerate(["all"] + KINDS):
+        most = max([abs(cells[kind][0]) + cells[kind][1] for _, cells in found.values()] + [1.0])
         x = lambda value: fine * (left + width * (column + 0.5) + (width / 2 - 6) * value / most)
-        write(left + width * (column + 0.5), 42, kind, "mm")
+        write(left + width * (column + 0.5), 40, kind, "mm")
+        write(left + width * (column + 0.5), 58, f"± {most:.1f}", "mm")
         pen.line([x(0), fine * top, x(0), fine * (top + line * len(found))], fill=(200, 200, 200), width=fine)
         for i, (name, (_, cells)) in enumerate(found.items()):
             y, (mean, half) = fine * (top + line * (i + 0.5)), cells[kind]
