@@ -12,8 +12,8 @@ rate is that of the tokens after the first. Both sides get the same ids, are gre
 
 Two figures of the machine stand below: how fast it reads memory (decoding reads all weights, and the keys and values of
 all that came before, for every token, so bandwidth / bytes is the limit) and how fast it multiplies matrices (the limit
-for the prompt). The first is measured by the decoding process itself, right after its first token and after its last:
-what a virtual machine gets of its host's memory can change from one minute to the next.
+for the prompt). The first is measured by the decoding process itself, after its first token, every eighth from there
+and the last: what a virtual machine gets of its host's memory can change from one second to the next.
 """
 import argparse
 import importlib.util
@@ -29,6 +29,7 @@ from pathlib import Path
 from weights import UserError, read_config, run
 
 DTYPES = ("float32", "bfloat16", "float16")
+APART = 8               # tokens from one look at memory's speed to the next
 PICTURE = -200          # llama.IMAGE_TOKEN; the parent process imports no torch
 TEXT = ("A bicycle has two wheels, one behind the other, and is driven by pedals. It was invented in Europe in the "
         "nineteenth century, and soon people in many countries rode to work on one. Describe what came after that. ")
@@ -211,18 +212,20 @@ def side(which, args, config) -> dict:
         id, at = step if isinstance(step, tuple) else (step, time.time())
         ids.append(id)
         times.append(at)
-        if len(ids) == 1:
+        if len(ids) % APART == 1:
             seen.append(memory())
-            began = at
             if which == "ours":                # (of the peer's tokens one hears when they are all there)
-                reads.append(bandwidth())
+                reads.append((at, bandwidth(), time.time()))
                 forget_peak()                  # what that took is not the model's
-                began = time.time()
     seen.append(memory())
-    result |= dict(first=times[0] - started, rate=(len(ids) - 1) / (times[-1] - began), ids=ids,
+    result |= dict(first=times[0] - started, rate=(len(ids) - 1) / (times[-1] - times[0]), ids=ids,
                    peak=max(m["peak"] for m in seen), anonymous=max(m["anonymous"] for m in seen))
     if which == "ours":
-        result["bandwidth"] = statistics.mean([*reads, bandwidth()])
+        reads.append((times[-1], bandwidth(), None))
+        spans = [(end - start, (a + b) / 2) for (_, a, start), (end, b, _) in zip(reads, reads[1:])]
+        spent = sum(seconds for seconds, _ in spans)
+        result["rate"] = (len(ids) - 1) / spent
+        result["bandwidth"] = sum(seconds * speed for seconds, speed in spans) / spent
         result["bandwidth_share"] = (result["bytes"] + result["cache"]) * result["rate"] / result["bandwidth"]
         result["matrix_rate"] = result["flops"] / (result["first"] - result["load"])
     return result
