@@ -15,6 +15,7 @@ question, so that all tables come from that file; a run that was stopped goes on
 import argparse
 import hashlib
 import math
+import platform
 import shutil
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def finish(name: str, seed: int, args) -> dict | None:
     return dict(row=name, seed=seed, config=" ".join([flags, *(f"{k}={v}" for k, v in fields.items())]).strip(),
                 steps="+".join(map(str, args.steps)), questions=len(items), accuracy=f"{sum(right) / len(right):.4f}",
                 **{kind: f"{sum(ok) / len(ok):.4f}" for kind, ok in share.items()}, train_s=f"{trained:.0f}",
-                exam_s=f"{time.perf_counter() - began - trained:.0f}", commit=commit(),
+                exam_s=f"{time.perf_counter() - began - trained:.0f}", commit=commit(), cpu=cpu_name(),
                 right=f"{int('1' + ''.join(str(int(ok)) for ok in right), 2):x}")
 
 
@@ -223,6 +224,14 @@ def commit() -> str:
     """The commit that the code is of, with "+" if it was changed since; as it was when first asked for."""
     git = lambda *words: subprocess.run(["git", "-C", str(toy.ROOT), *words], capture_output=True, text=True).stdout
     return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
+
+
+@cache
+def cpu_name() -> str:
+    """What this machine's processor calls itself: another kind rounds otherwise, and training carries that far."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    name = next((line.split(":")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{' '.join(name.split())} {torch.backends.cpu.get_cpu_capability()}".replace(",", "")
 
 
 def wait_for(folder: Path) -> parallel.Lock:
