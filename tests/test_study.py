@@ -175,9 +175,24 @@ def test_the_tables(tmp_path, capsys):
     study.main(["table", "--results", str(tmp_path / "results.csv")])
     out = capsys.readouterr().out
     assert "| ccra | 3 | " in out and "| llava | 3 | **-" in out and "pilot, 3 seeds, all: llava - ccra = -" in out
+    assert "| llava | -2.3 | -5.0 | -2.0 | -3.2 | -" in out            # the paper's, beside this one's
     assert (tmp_path / "differences-from-ccra.png").stat().st_size > 1000
     with pytest.raises(UserError, match="no row 'dci'"):
         study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
+
+
+def test_the_papers_figures_are_those_of_docs_study():
+    """Its table of the paper's differences, and what `table` sets beside ours, are the same numbers."""
+    lines = (study.toy.ROOT / "docs" / "study.md").read_text().splitlines()
+    table = {cells[0]: cells[1:] for line in lines if len(cells := [c.strip() for c in line.split("|")[1:-1]]) == 10}
+    columns = table[""]
+    names = {"llava": "LLaVA-1.5-7B", "dci": "DenseConnector", "mmfuser": "MMFuser (on Vicuna-13B)", "igva": "IGVA",
+             "without smooth": "without smoothing", "without pwca": "without PWCA", "without lwca": "without LWCA",
+             "without lpwca": "without LPWCA", "decoupled": "decoupled", "shuffled": "shuffled"}
+    assert findings.PAPER.keys() - names.keys() == {"sti", "sci"}
+    for name, title in names.items():
+        said = {column: -float(value) for column, value in zip(columns, table[title]) if value}
+        assert said == pytest.approx(findings.reported(name), abs=1e-9), name
 
 
 def test_the_claims(capsys):
