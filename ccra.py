@@ -545,24 +545,27 @@ class VLM(nn.Module):
             raise UserError(f"{folder.dir}: has no vision tower; download {folder.config.get('mm_vision_tower')} and "
                             "give its folder, too: --vision DIR")
         tower = None if vision is None else Folder(vision)
-        with weights.skeleton():
-            eyes = CLIPVision(CLIPVisionConfig.from_dict((tower or folder).part("vision")))
-            llm = Llama(LlamaConfig.from_dict(folder.part("llm"), folder.where))
-            if folder.layout == "nanoccra":
-                model = cls.build(eyes, llm, read_fuser(folder), folder.part("image").get("pad"),
-                                  folder.config.get("query"))
-            else:
-                sizes = LLaVAConfig(eyes.config.hidden_size, eyes.config.num_hidden_layers)
-                model = cls.build(eyes, llm, sizes, folder.pad)
+        model = outline(folder, tower)
+        eyes = model.vision.config
         if folder.parts.get("image", model.image) != model.image:
             raise UserError(f"{dir}: config.json says image {folder.part('image')}, its tower takes {model.image}")
-        width = folder.config.get("mm_hidden_size", eyes.config.hidden_size)
-        if width != eyes.config.hidden_size:
-            raise UserError(f"{vision}: a tower {eyes.config.hidden_size} wide, but {folder.where} says mm_hidden_size "
+        width = folder.config.get("mm_hidden_size", eyes.hidden_size)
+        if width != eyes.hidden_size:
+            raise UserError(f"{vision}: a tower {eyes.hidden_size} wide, but {folder.where} says mm_hidden_size "
                             f"{width}; it wants {folder.config.get('mm_vision_tower')}")
         if tower is not None and not folder.holds("vision"):     # some fine-tunes hold the tower that they trained
-            tower.fill(eyes, "vision", dtype, device)
+            tower.fill(model.vision, "vision", dtype, device)
         return folder.fill(model, dtype=dtype, device=device)
+
+
+def outline(folder: Folder, tower: Folder | None = None) -> VLM:
+    """The model that a folder holds, without numbers (on meta). tower: the folder of its picture tower, if another."""
+    with weights.skeleton():
+        eyes = CLIPVision(CLIPVisionConfig.from_dict((tower or folder).part("vision")))
+        llm = Llama(LlamaConfig.from_dict(folder.part("llm"), folder.where))
+        if folder.layout == "nanoccra":
+            return VLM.build(eyes, llm, read_fuser(folder), folder.part("image").get("pad"), folder.config.get("query"))
+        return VLM.build(eyes, llm, LLaVAConfig(eyes.config.hidden_size, eyes.config.num_hidden_layers), folder.pad)
 
 
 def read_fuser(folder: Folder):

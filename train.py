@@ -37,7 +37,7 @@ import data
 import parallel
 import plan
 import toy
-from ccra import NAMED, NORMS, ORDERS, VLM
+from ccra import NAMED, NORMS, ORDERS, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
 from data import GROUPS, order, split
 from formats import Folder
@@ -151,6 +151,8 @@ def complete(args):
         raise UserError("--json and --data are two ways to say what to train on: give one")
     if args.world == "toy" and given:
         raise UserError(f"{given} is data of its own: leave --world toy out")
+    if args.world == "toy" and args.plan:
+        raise UserError("--plan is about LLaVA's data and sizes like it: leave --world toy out")
     for (flag, stage), (place, _) in PLACES.items() if args.world == "llava" else ():
         if stage == args.stage and getattr(args, flag) is None and not (flag == "data" and args.json):
             setattr(args, flag, place)
@@ -522,15 +524,16 @@ def sketch(args):
     """The model of --plan, without numbers: of the folders if they are there, else of the paper's sizes."""
     with skeleton():
         if args.stage == 2 and Path(args.model, "config.json").is_file():
-            folder = Folder(args.model)
-            vision, llm = (folder.part(part) for part in ("vision", "llm"))
+            model = outline(Folder(args.model))
+            if args.fuser or variant(args):
+                model.fuser = refit(model.fuser, args, args.model)
         else:
             parts = {part: getattr(args, part) and Path(getattr(args, part)) for part in ("vision", "llm")}
             vision, llm = (Folder(dir).part(part) if dir and (dir / "config.json").is_file() else None
                            for part, dir in parts.items())
-        tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
-        llama = Llama(LlamaConfig.from_dict(llm or VICUNA))
-        model = VLM.build(tower, llama, fuser_config(args, tower.config, llama.config))
+            tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
+            llama = Llama(LlamaConfig.from_dict(llm or VICUNA))
+            model = VLM.build(tower, llama, fuser_config(args, tower.config, llama.config))
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, torch.bfloat16)
     if args.recompute:
         recompute(model)

@@ -13,6 +13,7 @@ import train
 from ccra import VLM
 from conftest import ROOT
 from llama import IGNORE, IMAGE_TOKEN
+from weights import UserError
 
 
 def test_flops_are_those_that_torch_counts(towers, tmp_path):
@@ -62,3 +63,18 @@ def test_stage_1_is_counted(towers):
     run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "1", "--plan"], capture_output=True,
                          text=True)
     assert run.returncode == 0 and "558,128 samples in 2,181 steps of 256" in run.stdout, run.stderr
+
+
+def test_stage_2_is_planned_as_stage_1_left_it(towers, tmp_path, capsys):
+    """The fuser is the folder's, not the flags' default: the model that is counted is the model that is trained."""
+    out = str(tmp_path)
+    train.main(["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"), "--out", out,
+                "--steps", "1", "--batch", "2", "--fuser", "wide"])
+    count = sum(p.numel() for p in VLM.from_pretrained(tmp_path).parameters())
+    capsys.readouterr()
+    train.main(["--stage", "2", "--plan", "--model", out, "--gpus", "1", "--parallel", "ddp", "--max-length", "99"])
+    assert f"stage 2: {count:,} parameters" in capsys.readouterr().out
+    with pytest.raises(UserError, match="its fuser is 'llava'"):
+        train.main(["--stage", "2", "--plan", "--model", out, "--norm", "token"])
+    with pytest.raises(UserError, match="leave --world toy out"):
+        train.main(["--stage", "2", "--plan", "--world", "toy"])
