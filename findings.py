@@ -167,6 +167,21 @@ def show_beside(found: dict[str, tuple[int, dict]]) -> None:
         print(f"| {name} | " + " | ".join(cells + ["{:+.1f} ± {:.1f}".format(*here[kind]) for kind in kinds]) + " |")
 
 
+def show_off(table: list[dict]) -> None:
+    """Of off.csv: how many answers stay the same, and the points won, with parts made neutral after training."""
+    right, same = {}, {}
+    for row in table:
+        right.setdefault((row["row"], row["off"]), {})[int(row["seed"])] = 100.0 * torch.tensor(bits(row))
+        same.setdefault((row["row"], row["off"]), []).append(float(row["same"]))
+    print("\nParts made neutral after training\n\n| model | without | seeds | answers that stay | points |\n"
+          + "|---" * 5 + "|")
+    for (name, off), seeds in right.items():
+        if off:
+            d = paired(seeds, right[name, ""])
+            points, stay = "{:+.1f} ± {:.1f}".format(*interval(d)), sum(same[name, off]) / len(d)
+            print(f"| {name} | {off} | {len(d)} | {stay:.1%} | {points} |")
+
+
 def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
     """A column for each kind, as wide as its widest interval, and a line for each row: the difference, its interval."""
     left, top, width, line, fine = 130, 76, 110, 22, 2
@@ -210,6 +225,8 @@ def show_tables(results: Path, base: str) -> None:
     if base == "ccra":
         show_beside(found)
     show_claims(rows)
+    if off := read(results.parent / "off.csv"):
+        show_off(off)
     path = results.parent / f"differences-from-{base.replace(' ', '-')}.png"
     write_beside(path, lambda tmp: plot(found, f"points more than {base}").save(tmp, format="PNG"))
     seconds = sum(float(row["train_s"]) + float(row["exam_s"]) for row in table)

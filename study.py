@@ -4,6 +4,7 @@
     python study.py towers                the towers of `toy.py retrain`, for this world (minutes; done: study/towers)
     python study.py run                   the runs that are not done yet; start it once for each core
     python study.py run --pilot           2 fusers x 3 seeds of their own: what difference can be seen at all
+    python study.py off                   what trained models still say when parts of CCRA are made neutral afterwards
     python study.py table                 accuracy by kind, paired differences, study/*.png
 
 The scenes are toy.py's, pixel for pixel; its eight kinds of question
@@ -35,7 +36,7 @@ import parallel
 import towers
 import toy
 import train
-from ccra import NAMED, VLM
+from ccra import CCRA, NAMED, VLM
 from clip import CLIP, CLIPVision
 from findings import PILOT_SEEDS, SEEDS, read, show_tables
 from llama import Llama, Tokenizer
@@ -57,6 +58,9 @@ SWEEPS = {"stage1 neutral": ("--stage1-ccra neutral", {}), "stage1 on": ("--stag
           "anchor -2": ("", dict(anchor_layer=-2)),
           **{f"d_hidden {n}": ("", dict(d_hidden=n)) for n in (16, 256)},
           **{f"kernel {n}": ("", dict(kernel_size=n)) for n in (3, 7)}}
+
+KEPT_ROWS = "ccra", "token", "stack"                                    # whose trained models are kept, for `off`,
+NEUTRAL = (), ("lpwca",), ("pwca",), ("lpwca", "pwca"), ("lwca",)       # which makes these parts neutral
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +202,20 @@ def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | Non
     return model if done else None
 
 
+def kept_model(name: str, seed: int, args) -> Path:
+    """Where the trained model of a run is kept, all of it but the tower."""
+    path = args.out / "models" / f"{name}-{seed}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def ask(model: VLM, tower: CLIPVision, items: list, args) -> list[str]:
+    """A trained model's answers, in float32, as eval.py and sample.py take a model of this size on a CPU."""
+    model.vision = tower
+    tokenizer = Tokenizer.from_pretrained(args.towers / "llama")
+    return exams.sit(model.float().eval(), tokenizer, items, 100, torch.device("cpu"))
+
+
 def finish(name: str, seed: int, args) -> dict | None:
     """One run: both stages, then the exam. Its row of results.csv, or None if SIGTERM came."""
     began, tower, model = time.perf_counter(), CLIPVision.from_pretrained(args.towers / "clip"), None
@@ -206,16 +224,22 @@ def finish(name: str, seed: int, args) -> dict | None:
         if not (model := train_stage(stage, name, seed, args, tower, model)):
             return None
     trained = time.perf_counter() - began
-    model.vision, items = tower, exam(args.questions)
-    model = model.float().eval()               # as eval.py and sample.py take a model of this size on a CPU
-    texts = exams.sit(model, Tokenizer.from_pretrained(args.towers / "llama"), items, 100, torch.device("cpu"))
-    right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
-    share = {kind: [ok for ok, item in zip(right, items) if item.kind == kind] for kind in KINDS}
+    if name in KEPT_ROWS:
+        write_beside(kept_model(name, seed, args), lambda tmp: torch.save(model.state_dict(), tmp))
+    items = exam(args.questions)
+    scored = score(ask(model, tower, items, args), items)
     flags, fields = (ROWS | SWEEPS)[name]
     return dict(row=name, seed=seed, config=" ".join([flags, *(f"{k}={v}" for k, v in fields.items())]).strip(),
-                steps="+".join(map(str, args.steps)), questions=len(items), accuracy=f"{sum(right) / len(right):.4f}",
-                **{kind: f"{sum(ok) / len(ok):.4f}" for kind, ok in share.items()}, train_s=f"{trained:.0f}",
-                exam_s=f"{time.perf_counter() - began - trained:.0f}", commit=commit(), cpu=cpu_name(),
+                steps="+".join(map(str, args.steps)), train_s=f"{trained:.0f}",
+                exam_s=f"{time.perf_counter() - began - trained:.0f}", **scored)
+
+
+def score(texts: list[str], items: list) -> dict:
+    """What a row says of answers: how many are right, of each kind, by which code, where, and a bit for each."""
+    right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
+    kinds = {kind: [ok for ok, item in zip(right, items) if item.kind == kind] for kind in KINDS}
+    return dict(questions=len(items), accuracy=f"{sum(right) / len(right):.4f}",
+                **{kind: f"{sum(ok) / len(ok):.4f}" for kind, ok in kinds.items()}, commit=commit(), cpu=cpu_name(),
                 right=f"{int('1' + ''.join(str(int(ok)) for ok in right), 2):x}")
 
 
@@ -244,12 +268,12 @@ def wait_for(folder: Path) -> parallel.Lock:
             time.sleep(0.2)
 
 
-def add(path: Path, row: dict) -> None:
+def add(path: Path, row: dict, key=("row", "seed")) -> None:
     """A row more in results.csv, by one process at a time. UserError if it's there already with another result."""
     with closing(wait_for(path.parent)):
         rows = read(path)
         for old in rows:
-            if (old["row"], old["seed"]) == (row["row"], str(row["seed"])):
+            if [old[k] for k in key] == [str(row[k]) for k in key]:
                 if old["right"] == row["right"]:
                     return
                 raise UserError(f"{path}: {row['row']}, seed {row['seed']} had accuracy {old['accuracy']} at "
@@ -285,9 +309,34 @@ def run_all(args):
         print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
 
 
+def off_all(args):
+    """The kept models that are not in off.csv yet (beside results.csv): for each of NEUTRAL a row with the accuracy,
+    and with the share of the answers that are what they were."""
+    tower, items = CLIPVision.from_pretrained(args.towers / "clip"), exam(args.questions)
+    tower.to(autocast_dtype(torch.device("cpu"))).requires_grad_(False)
+    path = args.results.parent / "off.csv"
+    done = {(row["row"], row["seed"], row["off"]) for row in read(path)}
+    for name, seed in ((name, seed) for seed in range(SEEDS) for name in KEPT_ROWS):
+        kept = kept_model(name, seed, args)
+        if not kept.exists() or all((name, str(seed), " ".join(parts)) in done for parts in NEUTRAL):
+            continue
+        model = build(name, arguments_of(name, seed, 2, args), tower, Llama.from_pretrained(args.towers / "llama"))
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        fuser, before = model.fuser, None
+        for parts in NEUTRAL:
+            model.fuser = CCRA(replace(fuser.config, **dict.fromkeys(parts, False)))
+            model.fuser.load_state_dict(fuser.state_dict())
+            texts = ask(model, tower, items, args)
+            before = before or texts
+            same = sum(text == old for text, old in zip(texts, before)) / len(texts)
+            row = dict(row=name, seed=seed, off=" ".join(parts), same=f"{same:.4f}", **score(texts, items))
+            add(path, row, ("row", "seed", "off"))
+            print(f"{name}, seed {seed}, without {row['off'] or 'nothing'}: {row['accuracy']}, {same:.1%} the same")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=("towers", "probe", "run", "table"))
+    p.add_argument("command", choices=("towers", "probe", "run", "off", "table"))
     p.add_argument("--towers", type=Path, default=TOWERS, help="the folder with clip and llama (default: study/towers)")
     p.add_argument("--source", type=Path, default=toy.OUT, help="towers: what they come from (default: %(default)s)")
     p.add_argument("--out", type=Path, default=OUT, help="for features and unfinished runs (default: %(default)s)")
@@ -309,6 +358,8 @@ def main(argv=None):
         show_probes(args.towers / "clip", args.n)
     elif args.command == "run":
         run_all(args)
+    elif args.command == "off":
+        off_all(args)
     else:
         show_tables(args.results, args.base)
 

@@ -115,6 +115,37 @@ def test_a_run_comes_out_twice_and_none_is_done_twice(world, one_thread, monkeyp
     assert of_step((folder / "stage2" / "log.csv").read_text()) == of_step(losses)
 
 
+def test_parts_made_neutral_after_training(world, one_thread, monkeypatch, capsys):
+    """The kept model answers as its row says. What is made neutral is the part that is named: with the token norm LPWCA
+    and PWCA go without a trace, LWCA doesn't; with the joint norm none does."""
+    command(world, "--only", "ccra", "token")
+    args = ["off", "--towers", str(world["towers"]), "--out", str(world["out"]), "--questions", "20", "--results"]
+    study.main([*args, str(world["out"] / "results.csv")])
+    kept = {row["row"]: row for row in findings.read(world["out"] / "results.csv")}
+    rows = {(row["row"], row["off"]): row for row in findings.read(world["out"] / "off.csv")}
+    assert all(rows[name, ""]["right"] == kept[name]["right"] for name in ("ccra", "token"))
+    capsys.readouterr()
+    study.main([*args, str(world["out"] / "results.csv")])
+    assert not capsys.readouterr().out                                                   # nothing is left to do
+
+    def features(model, tower, items, args):                                             # for answers: what it sees
+        g, config = torch.Generator().manual_seed(0), model.fuser.config
+        F_stack = torch.randn(1, config.n_layers, 4, config.vision_dim, generator=g)
+        F_t = 0.5 * torch.randn(1, 5, config.text_dim, generator=g)
+        with torch.no_grad():
+            F_fused, _ = model.fuser(F_stack, F_t, torch.ones(1, 5, dtype=torch.bool))
+        return [f"{x:.2f}" for x in F_fused.mean(-1).flatten()] + [f"{x:.2f}" for x in F_fused.flatten()[:16]]
+
+    monkeypatch.setattr(study, "ask", features)
+    monkeypatch.setattr(study, "score", lambda texts, items: dict(accuracy=0, commit="", right="1"))
+    study.main([*args, str(world["out"] / "features" / "results.csv")])
+    found = findings.read(world["out"] / "features" / "off.csv")
+    same = {(row["row"], row["off"]): float(row["same"]) for row in found}
+    assert len(same) == 2 * len(study.NEUTRAL)
+    assert all(same["token", off] == 1 for off in ("", "lpwca", "pwca", "lpwca pwca")) and same["token", "lwca"] < 0.9
+    assert all(same["ccra", off] < 0.9 for off in ("lpwca", "pwca", "lpwca pwca", "lwca")) and same["ccra", ""] == 1
+
+
 def test_rows_that_train_the_projector_alike_share_it(world, one_thread, monkeypatch):
     """Stage 1 without CCRA is the same for all of CCRA's variants, but for the anchor; a row made so is one made alone.
     Not those of a CCRA that is there in stage 1, of another fuser."""
@@ -176,7 +207,12 @@ def test_the_tables(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| ccra | 3 | " in out and "| llava | 3 | **-" in out and "pilot, 3 seeds, all: llava - ccra = -" in out
     assert "| llava | -2.3 | -5.0 | -2.0 | -3.2 | -" in out            # the paper's, beside this one's
-    assert (tmp_path / "differences-from-ccra.png").stat().st_size > 1000
+    assert (tmp_path / "differences-from-ccra.png").stat().st_size > 1000 and "neutral" not in out
+    for off, right, same in (("", "1110", 1), ("lwca", "0110", 0.5)):
+        study.add(tmp_path / "off.csv", dict(row="ccra", seed=0, off=off, same=same, accuracy=0, commit="",
+                                             right=f"{int('1' + right, 2):x}"), ("row", "seed", "off"))
+    study.main(["table", "--results", str(tmp_path / "results.csv")])
+    assert "| ccra | lwca | 1 | 50.0% | -25.0 ± " in capsys.readouterr().out
     with pytest.raises(UserError, match="no row 'dci'"):
         study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
 
