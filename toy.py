@@ -8,6 +8,7 @@ and stage 2.
 
     python toy.py show  --n 12        draws scenes with their questions into out/scenes.png
     python toy.py retrain             everything from nothing: tokenizer, CLIP, Llama, stage 1, stage 2 (resumable)
+    python toy.py study               CCRA beside the other fusers, several seeds each, and the tables (resumable)
 
 A scene has nine places. Some hold emoji objects (40 kinds in 4 categories, 8 of them look-alikes of another), one may
 hold a coloured shape, one a printed word; things differ in size, are turned, shifted, overlap and lie on clutter. A
@@ -487,6 +488,12 @@ def retrain(args):
     print(f"the model is in {OUT / 'stage2'}; `python toy.py ship` puts it where sample.py looks")
 
 
+def study(args):
+    """study.py's runs that are not done yet, and what they say."""
+    for command in ("run", "off", "table"):
+        subprocess.run([sys.executable, str(ROOT / "study.py"), command], check=True)
+
+
 def ship(args):
     """Write stage 2's model to assets/toy in float16, and the README's pictures."""
     source = OUT / "stage2"
@@ -532,9 +539,10 @@ def main():
     s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
     s.add_argument("--clip-steps", type=int, default=4000)
     s.add_argument("--llama-steps", type=int, default=4500)
+    sub.add_parser("study", help="does CCRA work? (docs/study.md; hours; started twice, it uses two cores)")
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
-    dict(show=show, retrain=retrain, ship=ship)[args.command](args)
+    dict(show=show, retrain=retrain, study=study, ship=ship)[args.command](args)
 
 
 if __name__ == "__main__":
