@@ -83,10 +83,14 @@ class Scenes(toy.ToyScenes):
 
     def __init__(self, stage: int, n: int, tokenizer, tower: CLIPVision, out: Path, size=toy.SIZE):
         super().__init__(f"study{stage}", n, stage, tokenizer, size)
-        self.kept = features(self, tower, out)
+        self.kept, self.samples = features(self, tower, out), {}
 
-    @cache                                     # noqa: B019 (one object a process, and train.py wants lengths first)
-    def sample(self, i):
+    def sample(self, i):                       # each is made once: train.py wants all lengths first
+        if i not in self.samples:
+            self.samples[i] = self._made(i)
+        return self.samples[i]
+
+    def _made(self, i):
         turns = conversation(self.scene(i)) if self.stage == 2 else []
         record = toy.record(turns or [("Describe the picture.", caption(self.scene(i)))], image="toy")
         return data.render(record, self.tokenizer, "plain" if self.stage == 1 else "v1")
