@@ -168,18 +168,19 @@ def show_beside(found: dict[str, tuple[int, dict]]) -> None:
 
 
 def show_off(table: list[dict]) -> None:
-    """Of off.csv: how many answers stay the same, and the points won, with parts made neutral after training."""
-    right, same = {}, {}
+    """Of off.csv: how many answers stay the same, and the points won, with parts made neutral after training; and how
+    often a factor was below 0, which is the only way that a weight gets past the token norm."""
+    rows = {}
     for row in table:
-        right.setdefault((row["row"], row["off"]), {})[int(row["seed"])] = 100.0 * torch.tensor(bits(row))
-        same.setdefault((row["row"], row["off"]), []).append(float(row["same"]))
-    print("\nParts made neutral after training\n\n| model | without | seeds | answers that stay | points |\n"
-          + "|---" * 5 + "|")
-    for (name, off), seeds in right.items():
-        if off:
-            d = paired(seeds, right[name, ""])
-            points, stay = "{:+.1f} ± {:.1f}".format(*interval(d)), sum(same[name, off]) / len(d)
-            print(f"| {name} | {off} | {len(d)} | {stay:.1%} | {points} |")
+        rows.setdefault((row["row"], row["off"]), {})[int(row["seed"])] = row
+    right = {key: {seed: 100.0 * torch.tensor(bits(row)) for seed, row in seeds.items()} for key, seeds in rows.items()}
+    print("\nParts made neutral after training\n\n| model | without | seeds | answers that stay | points | 1 + W_lp < 0 | "
+          "1 + w_p < 0 |\n" + "|---" * 7 + "|")
+    for (name, off), seeds in rows.items():
+        stay, lp, p = (sum(float(row[key]) for row in seeds.values()) / len(seeds)
+                       for key in ("same", "negative_W_lp", "negative_w_p"))
+        points = "{:+.1f} ± {:.1f}".format(*interval(paired(right[name, off], right[name, ""]))) if off else "-"
+        print(f"| {name} | {off or 'nothing'} | {len(seeds)} | {stay:.1%} | {points} | {lp:.1%} | {p:.1%} |")
 
 
 def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:

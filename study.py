@@ -313,6 +313,19 @@ def run_all(args):
         print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
 
 
+def watch_signs(fuser: CCRA) -> dict[str, list[float]]:
+    """For every batch that a fuser sees from now on, the shares of the factors 1 + W_lp and 1 + w_p below 0. There even
+    the token norm lets the attention through: LN(c x) is -LN(x)."""
+    shares = {"W_lp": [], "w_p": []}
+
+    def note(module, inputs, output):
+        for key, found in shares.items():
+            found.append((output[1][key] < -1).float().mean().item())
+
+    fuser.register_forward_hook(note)
+    return shares
+
+
 def off_all(args):
     """The kept models that are not in off.csv yet (beside results.csv): for each of NEUTRAL a row with the accuracy,
     and with the share of the answers that are what they were."""
@@ -330,10 +343,13 @@ def off_all(args):
         for parts in NEUTRAL:
             model.fuser = CCRA(replace(fuser.config, **dict.fromkeys(parts, False)))
             model.fuser.load_state_dict(fuser.state_dict())
+            negative = watch_signs(model.fuser)
             texts = ask(model, tower, items, args)
             before = before or texts
             same = sum(text == old for text, old in zip(texts, before)) / len(texts)
-            row = dict(row=name, seed=seed, off=" ".join(parts), same=f"{same:.4f}", **score(texts, items))
+            row = dict(row=name, seed=seed, off=" ".join(parts), same=f"{same:.4f}",
+                       **{f"negative_{key}": f"{sum(x) / len(x):.4f}" for key, x in negative.items()},
+                       **score(texts, items))
             add(path, row, ("row", "seed", "off"))
             print(f"{name}, seed {seed}, without {row['off'] or 'nothing'}: {row['accuracy']}, {same:.1%} the same")
 

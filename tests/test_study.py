@@ -11,6 +11,7 @@ import findings
 import probes
 import study
 import toy
+from ccra import CCRA, CCRAConfig
 from clip import CLIPVision
 from llama import Llama, Tokenizer
 from towers import clip_config, llama_config
@@ -143,7 +144,16 @@ def test_parts_made_neutral_after_training(world, one_thread, monkeypatch, capsy
     same = {(row["row"], row["off"]): float(row["same"]) for row in found}
     assert len(same) == 2 * len(study.NEUTRAL)
     assert all(same["token", off] == 1 for off in ("", "lpwca", "pwca", "lpwca pwca")) and same["token", "lwca"] < 0.9
+    assert all(float(row["negative_W_lp"]) == float(row["negative_w_p"]) == 0 for row in found)       # and so it is so
     assert all(same["ccra", off] < 0.9 for off in ("lpwca", "pwca", "lpwca pwca", "lwca")) and same["ccra", ""] == 1
+
+
+def test_factors_below_0_are_counted():
+    torch.manual_seed(0)
+    fuser = CCRA(CCRAConfig(text_dim=8, vision_dim=8, n_layers=3, d_hidden=4, norm="token"))
+    seen, F_t, mask = study.watch_signs(fuser), 30 * torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    maps = fuser(torch.randn(2, 3, 4, 8), F_t, mask)[1]
+    assert seen["W_lp"] == [(1 + maps["W_lp"] < 0).float().mean().item()] and 0.1 < seen["W_lp"][0] < 0.9
 
 
 def test_rows_that_train_the_projector_alike_share_it(world, one_thread, monkeypatch):
@@ -209,10 +219,11 @@ def test_the_tables(tmp_path, capsys):
     assert "| llava | -2.3 | -5.0 | -2.0 | -3.2 | -" in out            # the paper's, beside this one's
     assert (tmp_path / "differences-from-ccra.png").stat().st_size > 1000 and "neutral" not in out
     for off, right, same in (("", "1110", 1), ("lwca", "0110", 0.5)):
-        study.add(tmp_path / "off.csv", dict(row="ccra", seed=0, off=off, same=same, accuracy=0, commit="",
-                                             right=f"{int('1' + right, 2):x}"), ("row", "seed", "off"))
+        row = dict(row="ccra", seed=0, off=off, same=same, negative_W_lp=0, negative_w_p=0.25, accuracy=0, commit="",
+                   right=f"{int('1' + right, 2):x}")
+        study.add(tmp_path / "off.csv", row, ("row", "seed", "off"))
     study.main(["table", "--results", str(tmp_path / "results.csv")])
-    assert "| ccra | lwca | 1 | 50.0% | -25.0 ± " in capsys.readouterr().out
+    assert "| ccra | lwca | 1 | 50.0% | -25.0 ± 317.7 | 0.0% | 25.0% |" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row 'dci'"):
         study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
 
