@@ -159,8 +159,9 @@ def reported(name: str) -> dict[str, float]:
 def show_beside(found: dict[str, tuple[int, dict]]) -> None:
     """The differences from ccra that the paper reports, and ours where it has the row; as markdown."""
     columns, kinds = ("GQA", "TextVQA", "POPE"), ("all", "word", "presence")
-    print(f"\nPoints more than CCRA: reported, and measured here\n\n| row | paper: {' | '.join(columns)} | mean of all | "
-          f"here: {' | '.join(kinds)} |\n" + "|---" * (len(columns) + len(kinds) + 2) + "|")
+    print("\nPoints more than CCRA: reported, and measured here\n")
+    print(f"| row | paper: {' | '.join(columns)} | mean of all | here: {' | '.join(kinds)} |\n"
+          + "|---" * (len(columns) + len(kinds) + 2) + "|")
     for name in (name for name in PAPER if name in found):
         paper, here = reported(name), found[name][1]
         cells = [f"{points:+.1f}" for points in (*map(paper.get, columns), sum(paper.values()) / len(paper))]
@@ -174,8 +175,8 @@ def show_off(table: list[dict]) -> None:
     for row in table:
         rows.setdefault((row["row"], row["off"]), {})[int(row["seed"])] = row
     right = {key: {seed: 100.0 * torch.tensor(bits(row)) for seed, row in seeds.items()} for key, seeds in rows.items()}
-    print("\nParts made neutral after training\n\n| model | without | seeds | answers that stay | points | 1 + W_lp < 0 | "
-          "1 + w_p < 0 |\n" + "|---" * 7 + "|")
+    print("\nParts made neutral after training\n")
+    print("| model | without | seeds | answers that stay | points | 1 + W_lp < 0 | 1 + w_p < 0 |\n" + "|---" * 7 + "|")
     for (name, off), seeds in rows.items():
         stay, lp, p = (sum(float(row[key]) for row in seeds.values()) / len(seeds)
                        for key in ("same", "negative_W_lp", "negative_w_p"))
