@@ -222,11 +222,13 @@ def ask(model: VLM, tower: CLIPVision, items: list, args) -> list[str]:
 
 def finish(name: str, seed: int, args) -> dict | None:
     """One run: both stages, then the exam. Its row of results.csv, or None if SIGTERM came."""
-    began, tower, model = time.perf_counter(), CLIPVision.from_pretrained(args.towers / "clip"), None
+    earlier = arguments_of(name, seed, 1, args).out.parent / "seconds"      # what pieces before this one took
+    began = time.perf_counter() - (float(earlier.read_text()) if earlier.exists() else 0)
+    tower, model = CLIPVision.from_pretrained(args.towers / "clip"), None
     tower.to(autocast_dtype(torch.device("cpu"))).requires_grad_(False)
     for stage in (1, 2):
         if not (model := train_stage(stage, name, seed, args, tower, model)):
-            return None
+            return write_beside(earlier, lambda tmp: tmp.write_text(f"{time.perf_counter() - began:.1f}\n"))
     trained = time.perf_counter() - began
     if name in KEPT_ROWS:
         write_beside(kept_model(name, seed, args), lambda tmp: torch.save(model.state_dict(), tmp))
@@ -304,12 +306,14 @@ def run_all(args):
                 continue
             for stage in (1, 2) if args.again else ():
                 shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
+                (folder / "seconds").unlink(missing_ok=True)
             row = finish(name, seed, args)
             if row is None:
                 return print("stopped; the same command goes on")
             add(args.results, row)
             for stage in (1, 2):
                 shutil.rmtree(folder / f"stage{stage}" / "checkpoints", ignore_errors=True)
+            (folder / "seconds").unlink(missing_ok=True)
         print(f"{name}, seed {seed}: {row['accuracy']}, {row['train_s']} + {row['exam_s']} s", flush=True)
 
 

@@ -293,3 +293,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(world, one_thread, monkeypat
     monkeypatch.setattr(study, "arguments_of", original)
     resumed = study.train_stage(2, "ccra", 1, args, tower, None)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_pieces(world, one_thread, monkeypatch):
+    args = study.argparse.Namespace(towers=world["towers"], out=world["out"] / "pieces", steps=(1, 3), questions=10,
+                                    again=False)
+    original = study.arguments_of
+    monkeypatch.setattr(study, "arguments_of", lambda *a: setattr(found := original(*a), "stop_after", 2) or found)
+    assert study.finish("llava", 1, args) is None
+    seconds = args.out / "runs" / "llava-1" / "seconds"
+    assert 0 < float(seconds.read_text()) < 100
+    seconds.write_text("5000\n")
+    monkeypatch.setattr(study, "arguments_of", original)
+    assert 5000 <= int(study.finish("llava", 1, args)["train_s"]) < 5100
