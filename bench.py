@@ -4,6 +4,7 @@
     python bench.py --model llava-1.5-7b-hf --peer --tokens 16      a vision-language model, with a picture
     python bench.py --model smollm2 --pack                          weights laid out for decoding (see linear.py)
     python bench.py --model llava-1.5-7b-hf --quant int8
+    python bench.py --model llava-1.5-7b-hf --peer --device cuda    on a GPU
     python bench.py --cost                                          what int8 costs: errors, accuracy, bytes
 
 Every run is a process of its own, and the sides take turns: machine, ours, peer, machine, ours, peer, ... The table has
@@ -43,6 +44,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="a model folder: a Llama, or a vision-language model (config.json tells)")
     p.add_argument("--peer", action="store_true", help="transformers as well, on the same folder")
+    p.add_argument("--device", default="cpu", help="cpu (default), or cuda: memory is the GPU's then")
     p.add_argument("--dtype", choices=DTYPES, help="of both sides (default: as stored)")
     p.add_argument("--quant", choices=["int8"], help="8-bit weights, ours only")
     p.add_argument("--pack", action="store_true", help="lay half-precision weights out for decoding, ours only")
@@ -62,6 +64,8 @@ def arguments(argv=None):
         raise UserError("--tokens and --prompt must be 2 or more, --rounds, --threads and --n 1 or more")
     if args.pack and args.quant:
         raise UserError("--pack and --quant exclude each other")
+    if (args.pack or args.quant) and args.device != "cpu":
+        raise UserError("--pack and --quant are for CPUs")
     if args.peer and importlib.util.find_spec("transformers") is None:
         raise UserError("--peer needs transformers (pip install -r requirements-test.txt, or leave --peer out)")
     return args
@@ -70,8 +74,12 @@ def arguments(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the child processes do. torch is imported here only, so that its import counts as part of a start.
 
-def memory() -> dict:
-    """Resident memory of this process now, in bytes: `peak` so far, of it now `anonymous` (its own, not mapped)."""
+def memory(device) -> dict:
+    """Resident memory of this process now, in bytes: `peak` so far, of it now `anonymous` (its own, not mapped). On a
+    GPU what it holds of the GPU's."""
+    if device != "cpu":
+        import torch
+        return dict(peak=torch.cuda.max_memory_allocated(), anonymous=torch.cuda.memory_allocated())
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {name: int(lines[key].split()[0]) * 1024 for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
@@ -79,9 +87,12 @@ def memory() -> dict:
         return dict(peak=0, anonymous=0)
 
 
-def forget_peak() -> None:
+def forget_peak(device) -> None:
     """Let memory's `peak` be that of what comes now."""
-    if (file := Path("/proc/self/clear_refs")).exists():       # Linux
+    if device != "cpu":
+        import torch
+        torch.cuda.reset_peak_memory_stats()
+    elif (file := Path("/proc/self/clear_refs")).exists():       # Linux
         file.write_text("5")
 
 
@@ -122,13 +133,13 @@ def ours(args, config):
 
     from linear import Columns, Int8
     dtype = getattr(torch, args.dtype)
-    ids = torch.tensor([the_prompt(args, config)])                                   # (1, T)
+    ids = torch.tensor([the_prompt(args, config)], device=args.device)               # (1, T)
     if config["model_type"] == "llama":
         from llama import Llama
-        llm = Llama.from_pretrained(args.model, dtype=dtype).eval()
+        llm = Llama.from_pretrained(args.model, dtype=dtype, device=args.device).eval()
     else:
         from ccra import VLM
-        model = VLM.from_pretrained(args.model, dtype=dtype).eval()
+        model = VLM.from_pretrained(args.model, dtype=dtype, device=args.device).eval()
         llm = model.llm
     if args.quant or args.pack:
         llm.pack(int8=args.quant == "int8")
@@ -144,8 +155,8 @@ def ours(args, config):
             yield from map(int, llm.generate(llm.embed(ids), max_new_tokens=args.tokens))
     else:
         query = ids[:, 3:]
-        yield from map(int, model.generate(pixels_of(config), ids, query, torch.ones_like(query, dtype=torch.bool),
-                                           max_new_tokens=args.tokens))
+        yield from map(int, model.generate(pixels_of(config).to(args.device), ids, query,
+                                           torch.ones_like(query, dtype=torch.bool), max_new_tokens=args.tokens))
 
 
 def peer(args, config):
@@ -157,12 +168,12 @@ def peer(args, config):
     transformers.utils.logging.disable_progress_bar()
     text = config["model_type"] == "llama"
     kind = transformers.LlamaForCausalLM if text else transformers.LlavaForConditionalGeneration
-    model = kind.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model = kind.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval().to(args.device)
     ids, more = the_prompt(args, config), {}
     if not text:
         at, n = ids.index(PICTURE), patches(config)
         ids[at:at + 1] = [config.get("image_token_index", config.get("image_token_id"))] * n
-        more = dict(pixel_values=pixels_of(config).to(model.dtype))
+        more = dict(pixel_values=pixels_of(config).to(args.device, model.dtype))
     yield {}
 
     class Clock(BaseStreamer):
@@ -176,26 +187,26 @@ def peer(args, config):
         def end(self):
             pass
 
-    clock, ids = Clock(), torch.tensor([ids])
+    clock, ids = Clock(), torch.tensor([ids], device=args.device)
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, do_sample=False, pad_token_id=0,
                    eos_token_id=None, max_new_tokens=args.tokens, min_new_tokens=args.tokens, **more)
     yield from zip((step[0] for step in clock.ids[1:]), clock.times[1:])             # the first is the prompt
 
 
 def best(f, n: int) -> float:
-    """Seconds that the fastest of n calls takes, after one more."""
+    """Seconds that the fastest of n calls takes, after one more. f gives a tensor: to read a number waits for a GPU."""
     times = []
     for _ in range(n + 1):
         start = time.perf_counter()
-        f()
+        f().view(-1)[0].item()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
-def bandwidth() -> float:
+def bandwidth(device) -> float:
     """Bytes/s of reading memory now: 1 GB of it. (Of 128 MB a 32 MB cache keeps so much that 80 GB/s looks like 90.)"""
     import torch
-    numbers = torch.ones(2 ** 28)
+    numbers = torch.ones(2 ** 28, device=device)
     return numbers.nbytes / best(lambda: numbers.sum(), 4)
 
 
@@ -207,21 +218,21 @@ def side(which, args, config) -> dict:
     steps = dict(ours=ours, peer=peer)[which](args, config)
     result = next(steps)
     result["load"] = time.time() - started
-    seen.append(memory())
+    seen.append(memory(args.device))
     for step in steps:
         id, at = step if isinstance(step, tuple) else (step, time.time())
         ids.append(id)
         times.append(at)
         if len(ids) % APART == 1:
-            seen.append(memory())
+            seen.append(memory(args.device))
             if which == "ours":                # (of the peer's tokens one hears when they are all there)
-                reads.append((at, bandwidth(), time.time()))
-                forget_peak()                  # what that took is not the model's
-    seen.append(memory())
+                reads.append((at, bandwidth(args.device), time.time()))
+                forget_peak(args.device)                  # what that took is not the model's
+    seen.append(memory(args.device))
     result |= dict(first=times[0] - started, rate=(len(ids) - 1) / (times[-1] - times[0]), ids=ids,
                    peak=max(m["peak"] for m in seen), anonymous=max(m["anonymous"] for m in seen))
     if which == "ours":
-        reads.append((times[-1], bandwidth(), None))
+        reads.append((times[-1], bandwidth(args.device), None))
         spans = [(end - start, (a + b) / 2) for (_, a, start), (end, b, _) in zip(reads, reads[1:])]
         spent = sum(seconds for seconds, _ in spans)
         result["rate"] = (len(ids) - 1) / spent
@@ -232,12 +243,13 @@ def side(which, args, config) -> dict:
 
 
 def machine(args, config) -> dict:
-    """Best of several: flop/s of matrix products with 512 rows (bfloat16: 64) and 4096 x 4096 numbers."""
+    """Best of several: flop/s of matrix products with 512 rows (bfloat16: 64; GPU: 8192) and 4096 x 4096 numbers."""
     import torch
     torch.set_num_threads(args.threads)
     result = {}
     for name, rows in (("float32", 512), ("bfloat16", 64)):
-        x, w = (torch.randn(n, 4096).to(getattr(torch, name)) for n in (rows, 4096))
+        rows = rows if args.device == "cpu" else 8192
+        x, w = (torch.randn(n, 4096, device=args.device).to(getattr(torch, name)) for n in (rows, 4096))
         result[name] = 2 * rows * 4096 ** 2 / best(lambda: x @ w.t(), 3)
     return result
 
@@ -282,7 +294,8 @@ def measure(args, argv) -> dict:
             if which != "machine":
                 read_files(args.model)
             runs.setdefault(which, []).append(child(which, argv))
-    result = dict(model=args.model, dtype=args.dtype, quant=args.quant, pack=args.pack, threads=args.threads, runs=runs)
+    result = dict(model=args.model, dtype=args.dtype, quant=args.quant, pack=args.pack, device=args.device,
+                  threads=args.threads, runs=runs)
     for which, found in runs.items():
         result[which] = {key: statistics.median(run[key] for run in found) for key in found[0] if key != "ids"}
     us, limit = result["ours"], result["machine"]
@@ -296,7 +309,8 @@ def measure(args, argv) -> dict:
 
 def table(r) -> None:
     how = ", ".join(filter(None, [r["dtype"], r["quant"], "packed" if r["pack"] else None]))
-    print(f"{r['model']} ({how}), {r['threads']} threads, medians of {len(r['runs']['ours'])}")
+    where = f"{r['threads']} threads" if r["device"] == "cpu" else r["device"]
+    print(f"{r['model']} ({how}), {where}, medians of {len(r['runs']['ours'])}")
     print(f"{'':14}{'load':>9}{'first token':>13}{'tokens/s':>10}{'resident peak':>15}{'of it anonymous':>17}")
     for name, key in (("nanoCCRA", "ours"), ("transformers", "peer")):
         if m := r.get(key):

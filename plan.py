@@ -3,14 +3,17 @@
     python train.py --stage 2 --plan --gpus 8 --gpu a100-80
 
 The memory isn't a formula. The real model is built and shared out by the code that trains it (parallel.share), but of
-fake tensors, which have shapes and no numbers, in a fake group of processes; one step of forward and backward runs on
-them while every allocation is counted (torch's FSDPMemTracker).
+fake tensors, which have shapes and no numbers, in a fake group of processes; two steps of forward, backward and AdamW
+run on them while every allocation is counted.
 """
 import math
+import weakref
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import clip
@@ -67,31 +70,32 @@ def report(args, model, steps, samples) -> str:
                          f"{math.ceil(args.batch / n / micro)} x {micro}")
     micro = min(args.micro, samples_a_card)
     memory = measure(model, args, micro)
-    lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB (--parallel {args.parallel}, --shard "
-                 f"{args.shard}, {micro} rows at a time, {'' if args.recompute else 'not '}recomputed):")
+    how = f"--parallel {args.parallel}" + f", --shard {args.shard}" * (args.parallel == "fsdp")
+    lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB ({how}, {micro} rows at a time, "
+                 f"{'' if args.recompute else 'not '}recomputed):")
     lines += [f"  {kind:14} {size / 2 ** 30:6.1f} GiB" for kind, size in memory.items()]
     if memory["total"] / 2 ** 30 > 0.95 * room:
-        lines.append("  which doesn't fit: more cards, a smaller --micro, --recompute or --shard full")
+        lines.append("  which doesn't fit: more cards, a smaller --micro, --recompute, or --parallel fsdp --shard full")
     return "\n".join(lines)
 
 
 def measure(model, args, micro) -> dict:
     """Bytes at the peak of a training step, by kind, of one of args.gpus processes, each with `micro` rows of
-    args.max_length tokens. Nothing is computed: tensors are fake, the group of processes is, too.
+    args.max_length tokens. Nothing is computed: tensors are fake, the group of processes is, too."""
+    before = clip.WRITE_OUT, clip.SLOW, linear.SLOW
+    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()          # the ways that a GPU takes
+    try:
+        return (sliced if args.parallel == "fsdp" else unsliced)(model, args, micro)
+    finally:
+        clip.WRITE_OUT, clip.SLOW, linear.SLOW = before
 
-    Without slices (DDP) only what lasts is counted: activations come on top.
-    """
-    if args.parallel != "fsdp":
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        kinds = {"frozen": frozen, "trained": 4 * trained, "gradient, twice": 8 * trained, "optstate": 8 * trained}
-        return {**kinds, "total": sum(kinds.values())}
+
+def sliced(model, args, micro) -> dict:
+    """measure for FSDP, by torch's tracker, which knows what is gathered and when."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    before = clip.WRITE_OUT, clip.SLOW, linear.SLOW
-    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()          # the ways that a GPU takes
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
         mesh = parallel.layout(torch.device("cpu"), args.gpus)
@@ -101,9 +105,7 @@ def measure(model, args, micro) -> dict:
             parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
             tracker = FSDPMemTracker(model, optimizer)
-            size, length = model.vision.config.image_size, args.max_length
-            pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
-            ids = torch.zeros(micro, length - model.picture_rows, dtype=torch.long)
+            pixels, ids = rows(model, args, micro)
             tracker.track_external(pixels, ids)
             with tracker:
                 for step in range(2):           # AdamW's moments are there from the second step on
@@ -114,8 +116,69 @@ def measure(model, args, micro) -> dict:
             [peak] = tracker.get_tracker_snapshot("peak").values()
     finally:
         dist.destroy_process_group()
-        clip.WRITE_OUT, clip.SLOW, linear.SLOW = before
     return {str(getattr(kind, "value", kind)).lower(): size for kind, size in peak.items()}
+
+
+def unsliced(model, args, micro) -> dict:
+    """measure for DDP, which keeps gradients once more in its messages, or for a process alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = fake(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        with Live() as live:
+            kinds = {"frozen": live.see(*(p for p in model.parameters() if not p.requires_grad)),
+                     "trained": live.see(*trained)}
+            pixels, ids = rows(model, args, micro)
+            for step in range(2):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = whole_step(model, pixels, ids)
+                loss.backward()
+                del loss
+                optimizer.step()
+                optimizer.zero_grad()
+    kinds["optstate"] = 2 * kinds["trained"]
+    kinds["rows, gradient"] = live.peak - sum(kinds.values())
+    kinds["messages"] = kinds["trained"] if args.parallel == "ddp" else 0
+    return {**kinds, "total": sum(kinds.values())}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors there are, `now` and at the `peak`. (torch's own MemTracker stumbles over frozen
+    parameters.) Tensors that are views of the same memory count once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def see(self, *tensors) -> int:
+        """Count these, too; how many bytes more that is."""
+        before = self.now
+        for storage in (x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return self.now - before
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.see(*tree_leaves(out))
+        return out
+
+
+def rows(model, args, micro):
+    """(pixels, ids) of `micro` rows that are args.max_length long with the picture."""
+    size = model.vision.config.image_size
+    return torch.empty(micro, 3, size, size, dtype=torch.bfloat16), \
+        torch.zeros(micro, args.max_length - model.picture_rows, dtype=torch.long)
 
 
 def fake(model):

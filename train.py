@@ -49,7 +49,7 @@ from weights import UserError, autocast_dtype, read_json, run, skeleton, write_b
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
-    ("llava", 1): dict(batch=256, lr=1e-3, micro=32),
+    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),        # (more at once gains nothing and takes 2.6 GB a row)
     ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
@@ -110,12 +110,13 @@ def arguments(argv=None):
     g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
     g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: LLaVA's 32 and "
-                   "16; the embedded world's 32 and 8)")
+    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: 8 and 16; "
+                   "the embedded world's 32 and 8)")
     g.add_argument("--lr", type=float, help="peak learning rate: 3%% warm-up, then half a cosine to zero")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     g.add_argument("--steps", type=int, help="default: one epoch")
-    g.add_argument("--max-length", type=int, default=2048, help="tokens of a row, the picture's included")
+    g.add_argument("--max-length", type=int, help="tokens of a row, the picture's included (default: 2048; for --plan "
+                   "of stage 1 640, since captions are short)")
     g.add_argument("--seed", type=int, default=42)
     g = p.add_argument_group("several processes and large models")
     g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a "
@@ -174,6 +175,7 @@ def complete(args):
         raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
     if args.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs `pip install wandb`")
+    args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
     args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]

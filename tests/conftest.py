@@ -1,9 +1,13 @@
 """Shared by all tests: the flat modules of the root on the path, and a fixed number of threads (for rounding)."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+if not os.environ.get("NANOCCRA_GPU"):                 # of this process and those it starts: the same tests anywhere
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
