@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from clip import attention
 from formats import Folder
 from linear import HALF, SUMS, Columns, Int8, Linear, fetch, holds, keep_memory, replace, sums
+from replay import AFTER, Replay
 from weights import UserError, read_config, read_json, save, skeleton
 
 
@@ -282,7 +284,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.packed, self.fetched = config, False, False
+        self.config, self.packed, self.fetched, self.replays = config, False, False, True
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -376,19 +378,27 @@ class Llama(nn.Module):
         mask = None if full else torch.cat([mask, mask.new_ones(B, steps)], dim=1)   # (B, T + steps)
         device = embeds.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-        cache = KVCache(self.config, B, prompt + steps, dtype, embeds.device)
+        replays = self.replays and device == "cuda" and dtype == embeds.dtype        # what is cast can't be recorded
+        room = -(-(prompt + steps) // 8) * 8 if replays else prompt + steps          # masks are copied at other lengths
+        cache = KVCache(self.config, B, room, dtype, embeds.device)
         eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=embeds.device)
         done, token = torch.zeros(B, dtype=torch.bool, device=embeds.device), None
-        for _ in range(steps):
-            shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
-            hidden = self.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1]      # (B, D), the last position
-            choice = pick(self.lm_head(hidden), temperature, top_p, generator)       # (B,)
+        step = partial(self._step, mask, cache)
+        for i in range(steps):
+            if i == AFTER and replays:
+                step = Replay(self, cache, mask)
+            choice = pick(step(embeds), temperature, top_p, generator)               # (B,)
             token = choice if token is None else torch.where(done, token, choice)
             done = done | torch.isin(token, eos)
             if done.all():
                 return
             yield token
             embeds = self.embed(token[:, None])                                      # (B, 1, D)
+
+    def _step(self, mask: Tensor | None, cache: KVCache, embeds: Tensor) -> Tensor:
+        """Logits (B, V) of what comes after embeds (B, T, D), which go into the cache; mask (B, T_total or more)."""
+        shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
+        return self.lm_head(self.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1])
 
     @classmethod
     def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu") -> "Llama":

@@ -111,11 +111,13 @@ def watch(model: VLM, layers=None):
                 maps["w_p"] = (maps["w_hat"][..., None] * maps["w_p"]).sum(1)
         seen.maps = {name: m[0].cpu() for name, m in maps.items()}
 
+    replays, model.llm.replays = model.llm.replays, False                            # a recording calls no hooks
     hooks = [model.fuser.register_forward_hook(fused)]
     hooks += [model.llm.layers[layer].self_attn.register_forward_hook(attended) for layer in layers]
     try:
         yield seen
     finally:
+        model.llm.replays = replays
         for hook in hooks:
             hook.remove()
 

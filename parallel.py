@@ -222,7 +222,9 @@ class Checkpoints:
                     moments = {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
                     for kind, tensor in moments.items():
                         fill(tensor, pieces[f"{kind}.{name}"], f"{kind}.{name}")
-                    optimizer.state[p] = dict(step=torch.tensor(float(state["updates"])), **moments)
+                    fused = optimizer.defaults.get("fused")            # which counts steps on the device
+                    count = torch.tensor(float(state["updates"]), device=p.device if fused else "cpu")
+                    optimizer.state[p] = dict(step=count, **moments)
         rank, size = where()
         if size == state["processes"]:
             torch.set_rng_state(files[rank].get_tensor(f"rng.{rank}"))

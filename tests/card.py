@@ -55,6 +55,7 @@ def main():
     p.add_argument("--parallel", choices=("none", "ddp", "fsdp"))
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction)
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--profile", metavar="FILE", help="write what the kernels of one more step take")
     args = p.parse_args()
     a = planned(args)
     kinds = plan.measure(train.sketch(a), a, args.micro)           # before there is a group of processes
@@ -73,8 +74,8 @@ def main():
     made = batch(args, model, device, args.length)
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
-    for _ in range(args.steps + 2):
-        torch.cuda.synchronize()
+
+    def step():
         tic = time.perf_counter()
         losses.append(train.train_step(shared, [dict(made)], device, torch.bfloat16, a.mode))
         norm = float(parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()])))
@@ -82,7 +83,15 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - tic)
+        return norm
+
+    norms = [step() for _ in range(args.steps + 2)]
     second = statistics.median(seconds[2:])
+    if args.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as kernels:
+            step()
+        Path(args.profile).write_text(kernels.key_averages().table(sort_by="cuda_time_total", row_limit=30))
+    most = torch.cuda.max_memory_allocated()
     supervised = int((made["labels"][:, 1:] != IGNORE).sum())
     work = plan.flops(model, [args.length] * args.micro, supervised, False, args.stage == 2)
     name = torch.cuda.get_device_name()
@@ -91,7 +100,7 @@ def main():
                  parameters=sum(p.numel() for p in model.parameters()), seconds=round(second, 4),
                  samples_per_s=round(args.micro / second, 2), tokens_per_s=round(args.micro * args.length / second),
                  mfu=round(work / second / peak, 4) if peak else None,
-                 peak_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2), norm=norm, losses=losses,
+                 peak_gib=round(most / 2 ** 30, 2), norms=norms, losses=losses,
                  planned_gib=round(kinds["total"] / 2 ** 30, 2),
                  kinds={k: round(v / 2 ** 30, 2) for k, v in kinds.items()})
     if rank == 0:

@@ -50,15 +50,15 @@ def config(layers: int) -> dict:
             "text_config": text if layers == 32 else {**text, "num_hidden_layers": layers}}
 
 
-def values(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
     if "norm" in name and name.endswith("weight"):
         return torch.ones(shape, dtype=dtype)
     if name.endswith("bias"):
         return torch.zeros(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).normal_(std=0.02)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02).cpu()
 
 
-def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, label: str, bar) -> None:
+def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, label: str, device: str, bar) -> None:
     """A safetensors file: the header's length in 8 bytes, a table in JSON, then the tensors' bytes, one by one."""
     table, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
@@ -69,7 +69,7 @@ def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, l
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
-            tensor = values(name, sizes[name], dtype)
+            tensor = values(name, sizes[name], dtype, device)
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
             bar.update(tensor.nbytes)
 
@@ -82,6 +82,7 @@ def main() -> None:
     p.add_argument("--shards", type=int, default=3, help="files (default: %(default)s, as on the hub)")
     p.add_argument("--tokenizer", type=Path, help="a tokenizer.model of Llama 2 to put beside it; sample.py needs one")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cpu", help="that draws the numbers; a GPU draws others, faster")
     args = p.parse_args()
     torch.manual_seed(args.seed)
     sizes, (dtype, label) = shapes(args.layers), DTYPES[args.dtype]
@@ -94,7 +95,7 @@ def main() -> None:
     files = [f"model-{i:05d}-of-{args.shards:05d}.safetensors" for i in range(1, args.shards + 1)]
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
         for file, names in zip(files, shards):
-            write_shard(args.out / file, names, sizes, dtype, label, bar)
+            write_shard(args.out / file, names, sizes, dtype, label, args.device, bar)
     index = {"metadata": {"total_size": total},
              "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
     (args.out / INDEX).write_text(json.dumps(index, indent=1) + "\n")

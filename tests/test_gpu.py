@@ -19,7 +19,7 @@ import eval as exams
 import toy
 import train
 from ccra import NAMED, VLM
-from clip import attention
+from clip import CLIPVision, CLIPVisionConfig, attention
 from conftest import ROOT
 from llama import IGNORE, IMAGE_TOKEN, Tokenizer
 from test_baselines import tiny_vlm
@@ -69,6 +69,11 @@ def test_the_tower_is_not_rounded(tokenizer):
         ours, exact = load(torch.float32, GPU).vision(pixels.to(GPU)), load(torch.float32, CPU).vision(pixels)
     for l, (a, b) in enumerate(zip(ours, exact)):
         assert apart(a, b) < 1e-5, l
+    tower, pixels = CLIPVision(CLIPVisionConfig(num_hidden_layers=1)), torch.randn(4, 3, 336, 336)   # ViT-L/336's width
+    with torch.no_grad():
+        exact = tower.double()(pixels.double())
+        ours = tower.float().to(GPU)(pixels.to(GPU))
+    assert apart(ours[0], exact[0]) < 1e-5 and apart(ours[1], exact[1]) < 1e-5
 
 
 def test_answers(tokenizer):
@@ -81,6 +86,18 @@ def test_answers(tokenizer):
         found[dtype] = same, exams.score_toy(items, texts)["accuracy"]
     print(f"\nanswers of 500 that are float32's on a CPU, accuracy: {found}")
     assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[torch.bfloat16][0] >= 470
+
+
+def test_a_recording_says_the_same(tokenizer):
+    """40 tokens, most of them replayed: the ids that come without a recording, for rows of unequal length, too."""
+    model = load(torch.float32, GPU)
+    embeds = model.llm.embed(torch.randint(3, 300, (3, 30), device=GPU))
+    padded = torch.arange(30, device=GPU) >= torch.tensor([[0], [7], [29]], device=GPU)
+    for mask in (None, padded):
+        ids = []
+        for model.llm.replays in (True, False):
+            ids.append(torch.stack(list(model.llm.generate(embeds, mask, max_new_tokens=40))))
+        assert len(ids[0]) == 40 and torch.equal(*ids)
 
 
 def gradients(device, dtype, samples):
@@ -121,7 +138,7 @@ def test_every_fuser(name):
         loss.backward()
         maps = model.look(*(batch[i] for i in (0, 2, 3)))[1]
         results.append([loss.detach().cpu(), *(m.detach().cpu() for m in maps.values()),
-                        *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+                        *(p.grad.to(CPU, copy=True) for p in model.parameters() if p.grad is not None)])
     for exact, ours in zip(*results, strict=True):
         assert torch.allclose(ours, exact, rtol=1e-7, atol=1e-9)
 
@@ -138,8 +155,8 @@ def curve(out, *flags, processes=0):
 
 
 def apart_in_loss(rows, others):
-    """The most that a step's loss is away from the other's, as a share."""
-    return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows, others, strict=True))
+    """The most that a step's loss is away from the other's; the first is 0.003, the others about 0.1."""
+    return max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, others, strict=True))
 
 
 def test_one_loss_curve(tmp_path):
@@ -157,12 +174,12 @@ def test_one_loss_curve(tmp_path):
     for name in ("gpu", "ddp", "fsdp", "recompute"):
         off = apart_in_loss(found[name], found["cpu"])
         print(f"\n{name}: losses apart from the CPU's by {off:.1e} at most", end="")
-        assert off < 1e-3, name
+        assert off < 1e-4, name
     same = [a["loss"] == b["loss"] for a, b in zip(found["gpu"], resumed, strict=True)]
     print(f"\nresumed: {sum(same)} of 12 losses to the last digit")
-    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5 and apart_in_loss(found["gpu"], resumed) < 1e-3
+    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5 and apart_in_loss(found["gpu"], resumed) < 1e-4
     for name in ("compiled", "sliced"):
-        assert apart_in_loss(found[name], found["wide"]) < 2e-2, name
+        assert apart_in_loss(found[name], found["wide"]) < 1e-2, name
 
 
 def test_the_command_line(tmp_path):

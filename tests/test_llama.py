@@ -18,6 +18,7 @@ import torch
 
 import llama
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
+from replay import Replay
 from weights import Tensors, UserError, save
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
@@ -208,6 +209,26 @@ def test_a_turned_cache_decodes_as_one_that_is_not(kind, monkeypatch):
                  for a, b in ((0, 4), (4, 9), (9, 10), (10, 11), (11, 12))]
         off.append((torch.cat(steps, 1)[mask].float() - whole).norm() / whole.norm())
     assert off[0] < 1.3 * off[1] and off[1] < 0.1
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_gpu_replays(kind, padded):
+    """The same work at shapes that never change, up to the last place of the cache: the logits of `hidden` as it is, in
+    a cache that is filled with NaN to begin with. (test_gpu.py replays recordings of it.)"""
+    net = model(SHAPES[kind]).double()
+    ids, mask = left_padded([12, 7])
+    cache = KVCache(net.config, 2, 24, torch.float64)
+    for memory in (*cache.keys, *cache.values):
+        memory.fill_(torch.nan)
+    mask = mask if padded else torch.ones_like(mask)
+    net(ids, mask=mask, cache=cache)
+    step = Replay(net, cache, mask if padded else None)
+    for _ in range(12):
+        new = torch.randint(97, (2, 1))
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
+        assert torch.allclose(step(net.embed(new)), net(ids, mask=mask)[:, -1], rtol=1e-10)
+    assert cache.length == cache.room == 24
 
 
 def test_a_full_cache_says_so():
