@@ -20,6 +20,8 @@ from formats import Folder, tower_name
 from linear import SLOW, Linear
 from weights import UserError
 
+torch.backends.cudnn.allow_tf32 = False         # else a GPU rounds what `patch_embedding` multiplies, in float32, too
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 

@@ -341,6 +341,12 @@ def recompute(model: VLM):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_blocks(model: VLM):
+    """torch.compile for what each block computes. Before `recompute`, whose wrapper it wouldn't see through."""
+    for block in [*model.vision.layers, *model.llm.layers]:
+        block.forward = torch.compile(block.forward)
+
+
 def adamw(trained, lr):
     """LLaVA's: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves clipping off). On a GPU in
     one kernel: else a step's intermediate results take another 4 bytes a parameter."""
@@ -587,11 +593,10 @@ def main(argv=None):
     held = parallel.lock(args.out) if rank == 0 else None
     course = settings(args, dataset)
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
+    if args.compile:
+        compile_blocks(model)
     if args.recompute:
         recompute(model)
-    if args.compile:
-        for block in [*model.vision.layers, *model.llm.layers]:
-            block.compile()
     mesh = parallel.layout(device, args.shard_size) if args.parallel == "fsdp" else None
     shared = parallel.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

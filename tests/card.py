@@ -61,12 +61,14 @@ def main():
     kinds = plan.measure(train.sketch(a), a, args.micro)           # before there is a group of processes
     rank, _, device = parallel.join("cuda")
     torch.manual_seed(0)
+    recompute, a.recompute = a.recompute, False
     model = train.sketch(a).to_empty(device=device)
     for name, p in model.named_parameters():
         p.data.normal_(std=0.02) if p.ndim > 1 else p.data.fill_("norm" in name and name.endswith("weight"))
     if args.compile:
-        for block in [*model.vision.layers, *model.llm.layers]:
-            block.compile()
+        train.compile_blocks(model)
+    if recompute:
+        train.recompute(model)
     mesh = parallel.layout(device) if a.parallel == "fsdp" else None
     shared = parallel.share(model, a.parallel, device, torch.bfloat16, False, mesh)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +98,7 @@ def main():
     work = plan.flops(model, [args.length] * args.micro, supervised, False, args.stage == 2)
     name = torch.cuda.get_device_name()
     peak = plan.peak_flops(name)
-    found = dict(vars(args), card=name, torch=torch.__version__, parallel=a.parallel, recompute=a.recompute,
+    found = dict(vars(args), card=name, torch=torch.__version__, parallel=a.parallel, recompute=recompute,
                  parameters=sum(p.numel() for p in model.parameters()), seconds=round(second, 4),
                  samples_per_s=round(args.micro / second, 2), tokens_per_s=round(args.micro * args.length / second),
                  mfu=round(work / second / peak, 4) if peak else None,

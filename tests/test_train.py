@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import sentencepiece
@@ -183,6 +184,25 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(stage1):
         train.train_step(model, [data.collate(rows)], torch.device("cpu"), torch.float32)
     other = trained["projector.0.weight"].grad / 8
     assert (other - results[0][1]["projector.0.weight"]).norm() > 0.01 * other.norm()
+
+
+def test_compiled_blocks_may_be_recomputed(stage1, monkeypatch):
+    """Every block is compiled, inside of what is computed twice: two graphs, one for each kind of block, and the
+    gradients that come without."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    samples, results = uneven_samples(Tokenizer.from_pretrained(stage1)), []
+    for compiled in (False, True):
+        model = VLM.from_pretrained(stage1, dtype=torch.float32)
+        trained = train.freeze(model, 2)
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            train.compile_blocks(model)
+            train.recompute(model)
+        train.train_step(model, [data.collate(samples)], torch.device("cpu"), torch.float32)
+        results.append([p.grad for p in trained.values()])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(*results, strict=True))
 
 
 def test_schedule():
