@@ -8,7 +8,7 @@ here: the embedding, the place in the cache, who may be looked at.
 import torch
 from torch import Tensor
 
-AFTER = 6               # tokens that come without: a recording takes as long as three
+AFTER = 6               # tokens that come without: a recording takes as long as some seven
 
 
 class Whole:

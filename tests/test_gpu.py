@@ -139,8 +139,8 @@ def test_every_fuser(name):
         maps = model.look(*(batch[i] for i in (0, 2, 3)))[1]
         results.append([loss.detach().cpu(), *(m.detach().cpu() for m in maps.values()),
                         *(p.grad.to(CPU, copy=True) for p in model.parameters() if p.grad is not None)])
-    for exact, ours in zip(*results, strict=True):
-        assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-7)          # RoPE's angles are float32
+    for exact, ours in zip(*results, strict=True):                        # RoPE's angles are float32 on both
+        assert (ours - exact).norm() <= 1e-4 * exact.norm() + 1e-6
 
 
 def curve(out, *flags, processes=0):
