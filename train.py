@@ -139,7 +139,8 @@ def arguments(argv=None):
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
     g.add_argument("--gpus", type=int, default=8, help="how many")
     g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
-    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached")
+    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached "
+                   "(docs/gpu.md: 38 to 43%%)")
     return complete(p.parse_args(argv))
 
 

@@ -2,8 +2,8 @@
 
     python tests/decode.py
 
-Random weights of Vicuna-7B's shape in bfloat16, a prompt of 627 positions. Answers of several lengths are timed, so that
-what comes once (reading the prompt, recording) falls out of the difference.
+Random weights of Vicuna-7B's shape in bfloat16, a prompt of 627 positions. Answers of several lengths are timed, so
+that what comes once (reading the prompt, recording) falls out of the difference.
 """
 import sys
 import time
