@@ -70,3 +70,5 @@ def test_peer_without_transformers(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(bench.UserError, match="pip install"):
         bench.arguments(["--model", "x", "--peer"])
+    with pytest.raises(bench.UserError, match="for CPUs"):
+        bench.arguments(["--model", "x", "--pack", "--device", "cuda"])
