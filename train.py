@@ -49,7 +49,7 @@ from weights import UserError, autocast_dtype, read_json, run, skeleton, write_b
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
-    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),        # (more at once gains nothing and takes 2.6 GB a row)
+    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),        # 34 GiB (docs/gpu.md); LLaVA's 32 would be 97
     ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
