@@ -23,7 +23,7 @@ from towers import regions
 from weights import autocast_dtype
 
 KINDS = toy.QUESTIONS + ["tint", "shade"]
-EXAM = 8                                     # toy.exam's seed: not the one that anything was chosen on
+EXAM = 8                                     # toy.exam's seed: not the one that toy.py's model was chosen on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: toy.py's, and two kinds of question about the background

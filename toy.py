@@ -6,7 +6,7 @@ from text alone (both in towers.py), both are saved in the public Hugging Face l
 special: train.py loads them with the code that loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1
 and stage 2.
 
-    python toy.py show  --n 12        draws scenes with their questions into out/scenes.png
+    python toy.py show  --n 12        draws scenes with their questions into out/toy/scenes.png
     python toy.py retrain             everything from nothing: tokenizer, CLIP, Llama, stage 1, stage 2 (resumable)
     python toy.py study               CCRA beside the other fusers, several seeds each, and the tables (resumable)
 
@@ -247,7 +247,7 @@ def glimpses(scene: Scene, ground="") -> str:
 
 
 # Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an apple", {s} is "cats".
-# No word of the latter is new, only their order is: a model of four layers can't know what it has never read.
+# No word of the latter is new, only their order is: a model of six layers can't know what it has never read.
 PHRASES = {
     "count": ("How many {s} are there?/How many {s} do you see?/Count the {s}./What is the number of {s}?/"
               "How many {s} are in the picture?|How many {s} can you see?/Tell me the number of {s}."),

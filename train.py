@@ -212,8 +212,8 @@ def build(args):
     if args.stage == 1:
         vision, llm = Path(args.vision or toy.OUT / "clip"), Path(args.llm or toy.OUT / "llama")
         if not (args.vision and args.llm) and not (vision / "config.json").is_file():
-            raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, "
-                            "or give --vision and --llm")
+            raise UserError(f"{vision}: not there yet; `python toy.py retrain` makes the embedded world's towers, or "
+                            "take the study's: --vision study/towers/clip --llm study/towers/llama")
         tower, model = CLIPVision.from_pretrained(vision), Llama.from_pretrained(llm, dtype=None)      # as stored
         config = fuser_config(args, tower.config, model.config)
         torch.manual_seed(args.seed)                       # the projector's and the fuser's first values

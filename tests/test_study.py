@@ -258,11 +258,25 @@ def test_the_claims(capsys):
     said = {tuple(cells[2:5]): cells[-2] for line in capsys.readouterr().out.splitlines()
             if len(cells := [cell.strip() for cell in line.split("|")]) > 5}
     assert said["llava", "ccra", "all"] == "holds" and said["wide", "ccra", "all"] == "reversed"
-    assert said["sti", "ccra", "all"] == "can't be told" and said["kernel 3", "ccra", "all"] == "below"
+    assert said["sti", "ccra", "all"] == "can't be told" and said["kernel 3", "ccra", "all"] == "reversed"
     assert said["without pwca", "ccra", "word"] == "holds" and ("dci", "ccra", "all") not in said
     study_rows = {*study.ROWS, *study.SWEEPS}
     assert all({row, base} <= study_rows and kind in places for parts in findings.CLAIMS.values()
                for row, base, kind, _ in parts)
+
+
+@pytest.mark.parametrize("mean, plain, small, robust", [
+    (-0.5, "holds", "holds", "holds"), (-1.9, "holds", "can't be told", "can't be told"),
+    (-3, "holds", "reversed", "reversed"), (0.1, "can't be told", "can't be told", "holds"),
+    (0.5, "reversed", "reversed", "reversed")])
+def test_what_a_small_loss_is(mean, plain, small, robust):
+    """Intervals of ± 0.3 or so about the mean, on either side of 0 and of -2."""
+    seeds = torch.tensor([-0.1, 0.0, 0.1])[:, None]
+    d = mean + seeds + torch.zeros(3, 100)
+    assert 0.2 < findings.interval(d)[1] < 0.3
+    assert findings.verdict(d, -1) == plain
+    assert findings.verdict(d, -1, 2.0) == small and findings.verdict(d, 0, 2.0) == robust
+    assert findings.LESS.keys() <= findings.CLAIMS.keys()
 
 
 def test_every_row_is_the_model_it_says(tmp_path):
