@@ -160,8 +160,8 @@ def mmbench_rows(path: Path, pictures: bool = False) -> list[dict]:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             expect({"index", "question", "A", "B", "C", "D"} <= set(reader.fieldnames or ()), path, what)
-            rows = [{key: None if value in EMPTY else value for key, value in row.items() if pictures or key != "image"}
-                    for row in reader]
+            rows = [{key: None if str(value) in EMPTY else value for key, value in row.items()
+                     if pictures or key != "image"} for row in reader]
     except OSError as e:
         raise UserError(f"{path}: cannot read it ({e.strerror}); --annotations should lead to {what}") from None
     except (UnicodeDecodeError, csv.Error) as e:

@@ -27,7 +27,7 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from weights import UserError, read_config, run
+from weights import UserError, read_config, run, write_beside
 
 DTYPES = ("float32", "bfloat16", "float16")
 APART = 8               # tokens from one look at memory's speed to the next
@@ -62,6 +62,8 @@ def arguments(argv=None):
         raise UserError("give --model DIR (or --cost)")
     if args.tokens < 2 or args.rounds < 1 or args.threads < 1 or args.n < 1 or (args.prompt or 9) < 2:
         raise UserError("--tokens and --prompt must be 2 or more, --rounds, --threads and --n 1 or more")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json}: should be a file in a folder that exists")
     if args.pack and args.quant:
         raise UserError("--pack and --quant exclude each other")
     if (args.pack or args.quant) and args.device != "cpu":
@@ -373,9 +375,9 @@ def main(argv=None):
     if args.cost:
         return cost(args)
     result = measure(args, list(sys.argv[1:] if argv is None else argv))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     table(result)
+    if args.json:
+        write_beside(Path(args.json), lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def scienceqa(path: Path, folder: Path):
     """All of the test split; what has no picture is asked without one. The scorer tells by <image> which had one."""
     problems = read_json(path / "problems.json", dict, what := "ScienceQA's problems.json")
     test = read_json(path / "pid_splits.json", dict, "ScienceQA's pid_splits.json").get("test")
-    expect(isinstance(test, list) and all(pid in problems for pid in test), path / "pid_splits.json",
-           "the splits of this problems.json")
+    expect(isinstance(test, list) and are_texts(test) and all(pid in problems for pid in test),
+           path / "pid_splits.json", "the splits of this problems.json")
     expect_rows((problems[pid] for pid in test), path / "problems.json", what, question=str, choices=list, hint=str,
                 image=(str, type(None)))
     for pid in test:

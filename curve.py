@@ -66,7 +66,10 @@ def draw(folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that train.py writes to (--out)")
     with open(path, newline="") as file:
-        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        try:
+            rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: not a log.csv that train.py wrote, or its last line is cut off") from None
     if not rows:
         raise UserError(f"{path}: no step is logged there yet")
     image = plot(rows, str(folder))

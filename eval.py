@@ -165,6 +165,13 @@ def look(image: Path | bytes | Image.Image | None, how: dict):
     return preprocess(image, **how)
 
 
+def pixels_of(question: benchmarks.Question, how: dict):
+    try:
+        return look(question.image, how)
+    except UserError as e:
+        raise UserError(f"question {question.id}: its picture can't be read ({e})") from None
+
+
 def recorded(file: Path, asked: list) -> dict[int, str]:
     """{place of a question: the line} of the answers in a file. A last line that a kill cut short is cut off."""
     lines = {}
@@ -206,7 +213,7 @@ def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, 
     with open(own, "a", encoding="utf-8") as file, ThreadPoolExecutor(4) as pool, tqdm(
             desc=task, total=sum(map(len, mine)), unit="answer", file=sys.stderr, disable=rank > 0) as bar:
         for those in mine:
-            pixels = list(pool.map(lambda i: look(asked[i].image, model.image), those))
+            pixels = list(pool.map(lambda i: pixels_of(asked[i], model.image), those))
             texts = reply(model, tokenizer, [rows[i] for i in those], pixels, benchmarks.MAX_NEW_TOKENS[task], device)
             for i, text in zip(those, texts):
                 if i not in done:
@@ -237,14 +244,24 @@ def rehearse(task: str, path: Path, asked: list, limit: int) -> None:
         judge(task, path, blank, None if limit else Path(folder, task + "-submission"))
 
 
-def settings(args, dtype) -> dict:
-    """What the answers depend on: a folder of answers is of one of these."""
+CONFIGS = "config.json", "params.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+
+
+def hash_of(files: list[Path]) -> str:
     sha = hashlib.sha256()
-    for file in stored_files(args.model) + (stored_files(args.vision) if args.vision else []):
+    for file in files:
         with open(file, "rb") as content:
             while block := content.read(1 << 22):
                 sha.update(block)
-    return dict(model=str(args.model), weights="sha256:" + sha.hexdigest(), dtype=str(dtype).removeprefix("torch."),
+    return "sha256:" + sha.hexdigest()
+
+
+def settings(args, dtype) -> dict:
+    """What the answers depend on: a folder of answers is of one of these."""
+    folders = [Path(folder) for folder in (args.model, args.vision) if folder]
+    beside = [folder / name for folder in folders for name in CONFIGS if (folder / name).exists()]
+    return dict(model=str(args.model), weights=hash_of([file for folder in folders for file in stored_files(folder)]),
+                config=hash_of(beside), dtype=str(dtype).removeprefix("torch."),
                 quant=args.quant, batch=args.batch, limit=args.limit, decoding="greedy", seed=MMMU_SEED,
                 template=f"{SYSTEM} USER: <image>\\n{{prompt}} ASSISTANT:")
 
@@ -296,6 +313,7 @@ def finish(task, path, lines, asked, out: Path, results: dict, limit: int, secon
         entry = dict(score=None, interval=None, metrics={}, error=str(e))
     entry |= dict(questions=len(asked), pictures=len({q.image for q in asked} - {None}), annotations=path.name,
                   prompt=benchmarks.TEMPLATES[task], max_new_tokens=benchmarks.MAX_NEW_TOKENS[task])
+    seconds += results["seconds"].get(task, 0)                                      # asked again, it was there
     tasks, times = results["tasks"] | {task: entry}, results["seconds"] | {task: round(seconds, 1)}
     results["tasks"], results["seconds"] = ({t: x[t] for t in SCORERS if t in x} for x in (tasks, times))
     save(out, results)
@@ -383,7 +401,7 @@ def main(argv=None):
         return submit.command(args)
     if args.table:
         return tables.show(args.table)
-    name = args.task or args.table2
+    name = args.table2 if args.task is None else args.task
     tasks = list(SCORERS) if name == "all" else name.split(",")
     if not set(tasks) <= {*SCORERS, "toy"} or ("toy" in tasks or args.table2) and len(tasks) > 1:
         raise UserError(f"no such task: {name!r} (choose toy alone, {'' if args.table2 else 'all, or some '}"

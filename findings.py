@@ -132,13 +132,16 @@ def show(title: str, found: dict[str, tuple[int, dict]], mark=False) -> None:
 def verdict(d: Tensor, side: int, less: float | None = None) -> str:
     """What d (S, Q) says of a claim: it "holds" or is "reversed" if its 95% interval lies on that side of 0 or on the
     other ("above", "below" if the claim has none), else it "can't be told". less: the claim is that d isn't above 0
-    (side 0) or is below it (-1), but by less than that: then the interval has to lie between, or at least not beyond.
+    (side 0) or is below it (-1), but by less than that: then all of the interval has to lie between -less and 0, or,
+    as d may well be nothing, between -less and less.
     """
     mean, half = interval(d)
+    if len(d) < 2:                                 # what other seeds would change isn't known
+        return "can't be told"
     if less is not None:
         if mean - half > 0 or mean + half < -less:
             return "reversed"
-        return "holds" if mean - half > -less and (side == 0 or mean + half < 0) else "can't be told"
+        return "holds" if mean - half > -less and mean + half < (0 if side else less) else "can't be told"
     if abs(mean) <= half:
         return "can't be told"
     return ("holds" if mean * side > 0 else "reversed") if side else "above" if mean > 0 else "below"
@@ -205,9 +208,9 @@ def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
         write(left + width * (column + 0.5), 40, kind, "mm")
         write(left + width * (column + 0.5), 58, f"± {most:.1f}", "mm")
         pen.line([x(0), fine * top, x(0), fine * (top + line * len(found))], fill=(200, 200, 200), width=fine)
-        for i, (name, (_, cells)) in enumerate(found.items()):
+        for i, (name, (seeds, cells)) in enumerate(found.items()):
             y, (mean, half) = fine * (top + line * (i + 0.5)), cells[kind]
-            color = (31, 80, 160) if abs(mean) > half else (150, 150, 150)
+            color = (31, 80, 160) if seeds > 1 and abs(mean) > half else (150, 150, 150)
             pen.line([x(mean - half), y, x(mean + half), y], fill=color, width=2 * fine)
             pen.ellipse([x(mean) - 3 * fine, y - 3 * fine, x(mean) + 3 * fine, y + 3 * fine], fill=color)
             write(left - 8, top + line * (i + 0.5), name, "rm")

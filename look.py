@@ -182,9 +182,9 @@ def visible(image: Image.Image, pad: bool):
 # Numbers
 
 def mean95(values: list) -> tuple:
-    """Mean, and half the width of its 95% interval."""
+    """Mean, and half the width of its 95% interval; of less than two values, nan."""
     x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), 1.96 * x.std().item() / math.sqrt(len(x))
+    return x.mean().item(), 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
 
 
 def depth(w_hat: Tensor) -> float:
@@ -254,7 +254,7 @@ def show_pointing(scores: dict) -> None:
     columns = ("hit", "mass", "hit other", "mass other")
     print(f"{'':36}" + "".join(f"{name:>16}" for name in columns))
     for name, row in scores.items():
-        cells = ["{:6.1%} +-{:5.1%}".format(*mean95(row[column])) for column in columns]
+        cells = ["{:6.1%} +-{:5.1%}".format(*mean95(row.get(column, []))) for column in columns]
         print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
 
 

@@ -56,7 +56,8 @@ def smoothness(w: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def compare(fuser: CCRA, F_stack: Tensor, F_t: Tensor, mask: Tensor) -> dict[str, dict[str, Tensor]]:
     """The metrics, (B) each, of F_stack (B, L, N, d), of its norm alone, of F_lp. F_t (B, T, D), mask: as for CCRA."""
-    if not isinstance(fuser, CCRA) or fuser.config.order != "progressive" or not fuser.config.lpwca:
+    whole = isinstance(fuser, CCRA) and fuser.config.order == "progressive"
+    if not (whole and fuser.config.lpwca and fuser.config.lwca and fuser.config.pwca):
         raise UserError("Table 2 needs a model with CCRA, all of it in the paper's order: it compares before and after "
                         "LPWCA, beside the final map of PWCA")
     F_stack, F_t = F_stack.float(), F_t.float()

@@ -184,6 +184,7 @@ def vizwiz(path: Path, answers: list[Answer], limited: bool = False):
         return None, {}
     what = "VizWiz's val.json"
     expect_rows(rows, path, what, answers=list, answer_type=str)
+    expect(all(row["answers"] for row in rows), path, f"{what}: a question without answers")
     expect_rows((human for row in rows for human in row["answers"]), path, what, answer=str)
     humans = [[human["answer"] for human in row["answers"]] for row in rows]
     right = [vqa_accuracy(vqa(text, CONTRACTIONS_VIZWIZ), said) for text, said in zip(texts, humans)]
@@ -221,6 +222,7 @@ def gqa(path: Path, answers: list[Answer], limited: bool = False):
     expect(balanced, path, "a GQA split with balanced questions")
     joined = join(answers, questions)
     balanced = {id: questions[id] for id in absent(balanced, joined, None, limited)}
+    expect(balanced, path, "a GQA split with balanced questions among those answered (--limit more?)")
     right = [joined[id].text.rstrip(".").lower() == q["answer"] for id, q in balanced.items()]
     shape = ["open" if q["types"]["structural"] == "query" else "binary" for q in balanced.values()]
     delete = str.maketrans("", "", string.punctuation)
@@ -277,7 +279,8 @@ def scienceqa(path: Path, answers: list[Answer], limited: bool = False):
            path / "pid_splits.json", "the splits of this problems.json")
     expect_rows((problems[pid] for pid in test), path / "problems.json", "ScienceQA", choices=list, answer=int)
     expect(all(are_texts(problems[pid]["choices"]) and problems[pid]["answer"] in range(len(problems[pid]["choices"]))
-               for pid in test), path / "problems.json", "ScienceQA: an answer that is none of the choices")
+               and problems[pid]["answer"] < 5 for pid in test), path / "problems.json",
+           "ScienceQA: an answer that is none of the choices, or beyond E")
     joined = join(answers, test)
     test = absent(test, joined, "wrong, and not counted as IMG", limited)
     if any(answer.prompt is None for answer in joined.values()):
@@ -327,8 +330,9 @@ def mmbench(path: Path, answers: list[Answer], limited: bool = False):
     joined = join(answers, ids)
     kept = set(absent(ids, joined, "wrong", limited))
     rows = [row for row in rows if row["index"] in kept]
-    if "answer" not in rows[0]:
+    if not any(row.get("answer") for row in rows):
         return None, {}
+    expect(all(row["answer"] for row in rows), path, "a table with an answer in every row, or in none")
     inferred, bare = {}, {}
     for row in rows:
         text = joined[row["index"]].text if row["index"] in joined else None
@@ -425,8 +429,10 @@ def mmmu(path: Path, answers: list[Answer], limited: bool = False):
         if kind != "multiple-choice":
             ok = found = mmmu_open_right(text, gold)
         else:
-            found = text if options is None else mmmu_choice(text, options)
-            found, ok = found in gold, (found or luck.choice(string.ascii_uppercase[:len(options)])) in gold
+            found = ok = text if options is None else mmmu_choice(text, options)
+            if options is not None and not found:
+                ok = luck.choice(string.ascii_uppercase[:len(options)])
+            found, ok = found in gold, ok in gold
         right[mmmu_subject(id)].append(ok)
         sure[mmmu_subject(id)].append(found)
 
@@ -652,7 +658,7 @@ def f1_shares(pairs: list[tuple]) -> list[float]:
 def mmvet_questions(path: Path) -> dict:
     what = "MM-Vet's questions (mm-vet.json)"
     questions = read_json(path, dict, what)
-    expect(all(id.startswith("v1_") for id in questions), path, what)
+    expect(all(id.startswith("v1_") and id[3:].isdecimal() for id in questions), path, what)
     expect_rows(questions.values(), path, what, capability=list)
     expect(all(are_texts(question["capability"]) for question in questions.values()), path, what)
     return questions

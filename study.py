@@ -122,7 +122,7 @@ def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
 def make_towers(args) -> None:
     """--towers: the CLIP of --source, and its Llama after more text, in which the background is told and asked for,
     too; in bfloat16, small enough to be committed beside the results that come from them."""
-    if (args.towers / "llama" / "config.json").exists():
+    if list((args.towers / "llama").glob("tokenizer.*")):          # written last
         return print(f"{args.towers} is there already")
     source = args.source / "llama"
     model, tokenizer = Llama.from_pretrained(source, dtype=torch.float32), Tokenizer.from_pretrained(source)
@@ -291,6 +291,10 @@ def add(path: Path, row: dict, key=("row", "seed")) -> None:
 def run_all(args):
     """The runs that have no row yet, or those of --only. Several processes share them: each takes what none has."""
     commit()                                   # of the code that is running; files may change meanwhile
+    lengths = "+".join(map(str, args.steps)), str(args.questions)
+    if other := {(row["steps"], row["questions"]) for row in read(args.results)} - {lengths}:
+        raise UserError(f"{args.results}: has runs of {' steps and '.join(min(other))} questions, not of "
+                        f"{' and '.join(lengths)}: give these --results of their own")
     todo = [(name, seed) for seed in PILOT_SEEDS for name in ("ccra", "llava")] if args.pilot else plan()
     todo = [(name, seed) for name, seed in todo
             if (not args.only or name in args.only) and (not args.seeds or seed in args.seeds)]
@@ -309,7 +313,7 @@ def run_all(args):
                 (folder / "seconds").unlink(missing_ok=True)
             row = finish(name, seed, args)
             if row is None:
-                return print("stopped; the same command goes on")
+                return print("stopped; the same command" + " without --again" * args.again + " goes on")
             add(args.results, row)
             for stage in (1, 2):
                 shutil.rmtree(folder / f"stage{stage}" / "checkpoints", ignore_errors=True)

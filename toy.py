@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clip import preprocess
 from data import item, render
-from weights import Tensors, read_config, run, save
+from weights import Tensors, UserError, read_config, run, save
 
 ROOT = Path(__file__).resolve().parent
 SCENE = "test/207"                        # the scene that the README asks about
@@ -484,14 +484,20 @@ def retrain(args):
     train_towers(OUT, args.clip_steps, args.llama_steps)
     for stage in (1, 2):
         if not (OUT / f"stage{stage}" / "model.safetensors").exists():
-            subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", str(stage)], check=True)
+            call("train.py", "--stage", str(stage))
     print(f"the model is in {OUT / 'stage2'}; `python toy.py ship` puts it where sample.py looks")
 
 
 def study(args):
     """study.py's runs that are not done yet, and what they say."""
     for command in ("run", "off", "table"):
-        subprocess.run([sys.executable, str(ROOT / "study.py"), command], check=True)
+        call("study.py", command)
+
+
+def call(program: str, *words: str) -> None:
+    """Another of these programs, in a process of its own. If it fails it has said why, and so this one ends, too."""
+    if code := subprocess.run([sys.executable, str(ROOT / program), *words]).returncode:
+        sys.exit(code)
 
 
 def ship(args):
@@ -542,6 +548,8 @@ def main():
     sub.add_parser("study", help="does CCRA work? (docs/study.md; hours; started twice, it uses two cores)")
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
+    if args.command == "show" and args.n < 1:
+        raise UserError("--n should be at least 1")
     dict(show=show, retrain=retrain, study=study, ship=ship)[args.command](args)
 
 

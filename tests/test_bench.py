@@ -57,7 +57,8 @@ def test_what_is_refused(folder, tmp_path):
     for arguments, words in ((["--model", tmp_path / "none"], "none"), ([], "--model"),
                              (["--model", folder, "--pack", "--quant", "int8"], "--pack"),
                              (["--model", toy.MODEL, "--peer"], "nanoccra"),
-                             (["--model", folder, "--tokens", "1"], "2 or more")):
+                             (["--model", folder, "--tokens", "1"], "2 or more"),
+                             (["--model", folder, "--json", tmp_path / "none" / "x.json"], "--json")):
         done = run(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""

@@ -370,6 +370,11 @@ def test_resumed_alone(data, model, whole, tmp_path, one_thread, capsys):
         evaluation.main(command(data, model, tmp_path, "--limit", "1", tasks=["pope"]))
     with fails("weights", "--out"):
         evaluation.main(command(data, toy.MODEL, tmp_path, tasks=["pope"]))
+    other = shutil.copytree(model, tmp_path / "other")                               # Table 4's ablation, for instance
+    config = json.loads((other / "config.json").read_text())
+    write_json(other / "config.json", config | dict(fuser=config["fuser"] | dict(lpwca=False)))
+    with fails("config sha256", "--out"):
+        evaluation.main(command(data, other, tmp_path, tasks=["pope"]))
     (tmp_path / "pope.jsonl").write_text("".join(rows[:-1]) + rows[0].replace("adversarial", "x"))
     with fails(f"pope.jsonl: line {len(rows)}", "--out"):
         evaluation.main(command(data, model, tmp_path, tasks=["pope"]))
@@ -392,7 +397,8 @@ def test_a_part_of_them(data, model, tmp_path, one_thread, capsys):
 def test_words(data, model, tmp_path):
     for words, said in [(["--task", "gqa,toy"], "toy alone"), (["--task", "nlvr"], "no such task"),
                         (["--task", "gqa,pope", "--annotations", "x"], "one at a time"),
-                        (["--task", "gqa", "--batch", "0"], "--batch"), (["--table2", "gqa,pope"], "no such task")]:
+                        (["--task", "gqa", "--batch", "0"], "--batch"), (["--table2", "gqa,pope"], "no such task"),
+                        (["--task", ""], "no such task")]:
         with fails(said):
             evaluation.main(words)
 

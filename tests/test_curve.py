@@ -38,6 +38,10 @@ def test_the_line_goes_where_the_losses_are(tmp_path):
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         curve.draw(tmp_path)
+    for text in ("step,lr\n1,2\n", "step,loss\n1,2\n2\n", "step,loss\n1,x\n"):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(UserError, match="not a log.csv"):
+            curve.draw(tmp_path)
     (tmp_path / "log.csv").write_text("step,loss\n")
     with pytest.raises(UserError, match="no step"):
         curve.draw(tmp_path)

@@ -147,7 +147,8 @@ def test_the_bound_that_the_papers_figures_exceed():
 
 def test_only_where_there_is_a_before_and_after(case):
     _, F_stack, F_t, mask = case
-    for change in (dict(order="decoupled"), dict(order="shuffled"), dict(lpwca=False)):
+    for change in (dict(order="decoupled"), dict(order="shuffled"), dict(lpwca=False), dict(lwca=False),
+                   dict(pwca=False)):
         with pytest.raises(UserError, match="Table 2 needs"):
             metrics.compare(CCRA(CCRAConfig(D, d, L, 4, **change)), F_stack, F_t, mask)
 

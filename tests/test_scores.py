@@ -512,6 +512,8 @@ def test_mmmu_answer_key_takes_the_bare_letter(tmp_path):
     path = write_json(tmp_path / "answer_dict_val.json", key)
     result = score("mmmu", path, answers.read_answers(write_lines(tmp_path / "a", lines)))
     assert result["primary"] == result["metrics"]["without_luck"] == pytest.approx(400 / 13)
+    lines = [row | dict(text="") if row["question_id"] == "validation_Music_2" else row for row in lines]     # as wrong
+    assert score("mmmu", path, answers.read_answers(write_lines(tmp_path / "a", lines)))["primary"] == result["primary"]
 
 
 def scores_list(gold):
@@ -714,6 +716,40 @@ def test_what_cannot_be_joined(tmp_path, capsys):
         run("scienceqa", tmp_path, [row | dict(prompt="w or x?") for row in make_scienceqa(tmp_path)[1]])
     run("scienceqa", tmp_path, [row | dict(prompt="<image>") for row in make_scienceqa(tmp_path)[1]])
     assert "4 prompts and problems.json disagree" in capsys.readouterr().err
+
+
+def test_annotations_with_holes(tmp_path):
+    """What the official files don't have, and others do: it's said, neither scored nor a traceback."""
+    path, lines = make_mmbench(tmp_path)
+    given = answers.read_answers(write_lines(tmp_path / "a.jsonl", lines))
+    whole = path.read_text()
+
+    def hide(golds):
+        return re.sub(rf"\t[{golds}](?=\t(odd|even)\t)", "\t", whole)
+
+    path.write_text(hide("C"))
+    with fails("an answer in every row, or in none"):
+        score("mmbench", path, given)
+    path.write_text(hide("ABC"))
+    assert score("mmbench", path, given)["primary"] is None                          # as if there were no such column
+    path.write_text(whole.rstrip("\n") + "\tmore\n")
+    with fails("not MMBench's table"):
+        score("mmbench", path, given)
+    path, lines = make_vizwiz(tmp_path)
+    write_json(path, [row | dict(answers=[]) for row in json.loads(path.read_text())])
+    with fails("without answers"):
+        score("vizwiz", path, answers.read_answers(write_lines(tmp_path / "a.jsonl", lines)))
+    path, lines = make_gqa(tmp_path)
+    unbalanced = [row for row, (_, _, balanced, _) in zip(lines, GQA) if not balanced]
+    with fails("balanced questions"):
+        score("gqa", path, answers.read_answers(write_lines(tmp_path / "a.jsonl", unbalanced)), limited=True)
+    folder, lines = make_scienceqa(tmp_path)
+    problems = json.loads((folder / "problems.json").read_text())
+    write_json(folder / "problems.json", problems | {"5": problems["5"] | dict(choices=list("uvwxyz"), answer=5)})
+    with fails("beyond E"):
+        score("scienceqa", folder, answers.read_answers(write_lines(tmp_path / "a.jsonl", lines)))
+    with fails("mm-vet.json"):
+        scores.mmvet_questions(write_json(tmp_path / "x.json", {"v1_a": dict(question="?", capability=["ocr"])}))
 
 
 def test_the_command(tmp_path):

@@ -114,6 +114,8 @@ def test_a_run_comes_out_twice_and_none_is_done_twice(world, one_thread, monkeyp
     assert again[0]["right"] == rows[0]["right"] and findings.read(world["out"] / "results.csv") == rows
     of_step = lambda text: [row[:4] for row in csv.reader(text.splitlines())]            # but for speeds
     assert of_step((folder / "stage2" / "log.csv").read_text()) == of_step(losses)
+    with pytest.raises(UserError, match=r"has runs of 2\+2 steps and 20 questions, not of 2\+2 and 30"):
+        command(world, "--only", "llava", "--questions", "30")
 
 
 def test_parts_made_neutral_after_training(world, one_thread, monkeypatch, capsys):
@@ -268,6 +270,7 @@ def test_the_claims(capsys):
 @pytest.mark.parametrize("mean, plain, small, robust", [
     (-0.5, "holds", "holds", "holds"), (-1.9, "holds", "can't be told", "can't be told"),
     (-3, "holds", "reversed", "reversed"), (0.1, "can't be told", "can't be told", "holds"),
+    (1.9, "reversed", "reversed", "reversed"),
     (0.5, "reversed", "reversed", "reversed")])
 def test_what_a_small_loss_is(mean, plain, small, robust):
     """Intervals of ± 0.3 or so about the mean, on either side of 0 and of -2."""
@@ -277,6 +280,8 @@ def test_what_a_small_loss_is(mean, plain, small, robust):
     assert findings.verdict(d, -1) == plain
     assert findings.verdict(d, -1, 2.0) == small and findings.verdict(d, 0, 2.0) == robust
     assert findings.LESS.keys() <= findings.CLAIMS.keys()
+    assert findings.verdict(torch.tensor([[-20.0] * 50 + [-19.0] * 50]), -1) == "can't be told"      # one seed
+    assert findings.verdict(torch.tensor([[-1.9], [2.1]]) + torch.zeros(2, 9), 0, 2.0) == "can't be told"    # 0.1 ± 25
 
 
 def test_every_row_is_the_model_it_says(tmp_path):

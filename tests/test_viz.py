@@ -3,6 +3,7 @@
 """
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -200,6 +201,11 @@ def test_a_model_without_maps(towers, tokenizer):
     assert '"layers": 0' in viz.explorer(sight)
     with pytest.raises(UserError, match="doesn't weigh layers"):
         viz.figure4([sight])
+
+
+def test_of_too_few_there_is_no_interval():
+    assert look.mean95([0.0, 1.0]) == pytest.approx((0.5, 1.96 * 0.5 ** 0.5 / 2 ** 0.5))
+    assert look.mean95([0.25])[0] == 0.25 and all(math.isnan(x) for x in (look.mean95([0.25])[1], *look.mean95([])))
 
 
 def test_middle():
