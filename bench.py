@@ -27,17 +27,13 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from weights import UserError, read_config, run, write_beside
+from weights import UserError, cores, read_config, run, write_beside
 
 DTYPES = ("float32", "bfloat16", "float16")
 APART = 8               # tokens from one look at memory's speed to the next
-PICTURE = -200          # llama.IMAGE_TOKEN; the parent process imports no torch
+PICTURE = -200          # llama.IMAGE_TOKEN, without what llama.py imports
 TEXT = ("A bicycle has two wheels, one behind the other, and is driven by pedals. It was invented in Europe in the "
         "nineteenth century, and soon people in many countries rode to work on one. Describe what came after that. ")
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def arguments(argv=None):

@@ -377,8 +377,9 @@ class VLM(nn.Module):
         pixels (B, 3, H, W); query (B, Q) long, query_mask (B, Q) bool: the user's words. Never the answer's: that would
         hand the labels to the visual features. mode: see CCRA.forward. Returns visual (B, N', D) and the fuser's maps.
         """
-        if ((query < 0) & query_mask).any():
-            raise UserError("the query holds a negative id; it takes text only, without the picture's place")
+        if (((query < 0) | (query >= self.llm.config.vocab_size)) & query_mask).any():
+            raise UserError("the query holds an id outside of the vocabulary; it takes text only, without the picture's "
+                            "place")
         trained = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             hidden = self.vision(pixels, self.fuser.n_blocks)                            # (L+1, B, 1+N, d)
@@ -444,15 +445,15 @@ class VLM(nn.Module):
             raise UserError("a row has an IMAGE_TOKEN, but there are no pixels")
         return longest
 
-    def forward(self, pixels, ids, query, query_mask, mask=None, labels=None, mode="on", max_length=2048) -> Tensor:
+    def forward(self, pixels, ids, query, query_mask, mask=None, labels=None, mode="on", max_length=None) -> Tensor:
         """Logits (B, T', V) of the merged sequences, padded on the right; UserError if they exceed the context.
 
         With labels (B, T), not shifted: the SUM of cross-entropy over the supervised tokens, float32 (0 if there are
-        none), sequences cut at max_length as LLaVA's are. A sum, since only the caller knows the whole batch.
+        none), sequences cut at max_length and at the context. A sum, since only the caller knows the whole batch.
         """
         visual = None if pixels is None else self.look(pixels, query, query_mask, mode)[0]   # (B, N', D)
         context = self.llm.config.max_position_embeddings
-        cut = None if labels is None else min(max_length, context)
+        cut = None if labels is None else min(max_length or context, context)
         embeds, mask, labels = self.merge(visual, ids, mask, labels, max_length=cut)     # (B, T', D)
         if embeds.shape[1] > context:
             raise UserError(f"{embeds.shape[1]} positions with the picture, but the language model has {context}")

@@ -21,6 +21,7 @@ This file keeps a json in memory and tokenises records when they are wanted; pre
 """
 import argparse
 import codecs
+import hashlib
 import json
 import math
 import os
@@ -253,6 +254,7 @@ class LlavaJson:
     template: str
     size: int
     pad: bool
+    sha256: str                 # of the file
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -289,7 +291,8 @@ def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size
     crops and "v1" pads.
     """
     file, image_root = Path(json_path), None if image_root is None else Path(image_root)
-    records = list(stream(file))
+    sha = hashlib.sha256()
+    records = list(stream(file, sha.update))
     numbers, left_out, pictures = [], {}, {}      # left_out: reason -> records; pictures: path -> first record
     for i, record in enumerate(records):
         if reason := problems(record, f"{file}: record {i}", template):
@@ -311,7 +314,7 @@ def load(json_path, image_root, tokenizer: Tokenizer, template: str = "v1", size
             raise UserError(f"{len(missing)} of {len(pictures)} pictures named in {file} are missing under "
                             f"{image_root}; first: {missing[0]!r} of {name(records[i], f'record {i}')}")
     pad = template == "v1" if pad is None else pad
-    return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad)
+    return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad, sha.hexdigest())
 
 
 def stream(file: Path, tap: Callable[[bytes], None] = lambda block: None) -> Iterator:

@@ -189,6 +189,8 @@ class Int8(nn.Module):
 
     @staticmethod
     def fit(weights: list[Tensor]) -> bool:
+        if odd := [w.shape[1] for w in weights if w.shape[1] % 16]:                  # torch's kernel reads beyond them
+            raise UserError(f"int8 is for matrices of a multiple of 16 numbers in a row, not {odd[0]}")
         return True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -492,6 +492,9 @@ class Tokenizer:
             return cls(dir / "tokenizer.json", *_byte_level(dir / "tokenizer.json", config))
         raise UserError(f"{dir}: no tokenizer here (looked for tokenizer.model and tokenizer.json)")
 
+    def __reduce__(self):          # for processes that are not forked: they read the file themselves
+        return Tokenizer.from_pretrained, (self.file.parent,)
+
     def encode(self, text: str, bos: bool = False, continues: bool = False) -> list[int]:
         """Ids of a text. bos: put bos_id before them. continues: the text goes on after other ids.
 

@@ -13,6 +13,7 @@ tensor, so any number of processes can read what another number wrote. It is wri
 moment leaves the old checkpoint or the new one. One trainer at a time may write to a folder.
 """
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,10 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -167,7 +168,9 @@ class Checkpoints:
         target, rank, size = self.path(step), *where()
         tmp = target.with_name(target.name + ".tmp")
         if rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
+            whole = {self.path(old) for old in self.steps()}
+            for leftover in set(self.folder.glob("step-*")) - whole:       # of a kill; as large as a checkpoint
+                shutil.rmtree(leftover, ignore_errors=True)
             tmp.mkdir(parents=True)
         wait()
         tensors, spans = {}, {}
@@ -197,19 +200,27 @@ class Checkpoints:
     def load(self, trained: dict, optimizer, settings: dict) -> int:
         """Put the last checkpoint into parameters and optimiser; the step to go on from (0: there is none).
 
-        UserError if it is of another model, or of a run with other settings.
+        UserError if it is of another model, of a run with other settings, or damaged.
         """
         steps = self.steps()
         if not steps:
             return 0
         folder = self.path(steps[-1])
+        try:
+            return self._load(folder, trained, optimizer, settings)
+        except (SafetensorError, OSError, KeyError) as e:
+            raise UserError(f"{folder}: is damaged ({e}); remove it, and the checkpoint before it is taken") from None
+
+    @staticmethod
+    def _load(folder: Path, trained: dict, optimizer, settings: dict) -> int:
         state = read_json(folder / "state.json")
         if state["shapes"] != {name: list(p.shape) for name, p in trained.items()}:
             raise UserError(f"{folder} belongs to another model; remove it or choose another --out")
-        for key, value in settings.items():
-            if state["settings"].get(key) != value:
-                raise UserError(f"{folder} is of a run with {key} {state['settings'].get(key)}, not {value}; remove it "
-                                "or choose another --out")
+        for key in [*settings, *state["settings"]]:        # those that only one of the two has, too
+            before, now = state["settings"].get(key), settings.get(key)
+            if before != now:
+                raise UserError(f"{folder} is of a run with {key} {before}, not {now}; remove it or choose another "
+                                "--out")
         files = [safe_open(folder / f"rank-{i:04d}.safetensors", "pt") for i in range(state["processes"])]
         pieces = {}            # tensor -> [(first row, file)]
         for file in files:
@@ -246,6 +257,13 @@ def fill(tensor, pieces, name):
             found += high - low
     if found != len(local):
         raise UserError(f"the checkpoint lacks rows of {name}: it is damaged; remove it")
+
+
+def sliced_again(model):
+    """After forward passes that no backward follows: FSDP would keep what it gathered for them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def where() -> tuple[int, int]:
@@ -286,7 +304,7 @@ class Stop:
         """For the processes that read pictures: a signal to the whole group reaches them, too, but the trainer's step
         still needs them. So they end at its word alone, where the system tells who sent a signal (Linux)."""
         def wait():
-            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
                 pass
             os._exit(0)
         if hasattr(signal, "sigwaitinfo"):

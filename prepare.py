@@ -25,6 +25,7 @@ import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -53,7 +54,7 @@ import data
 from clip import open_image, preprocess
 from data import GROUPS, IGNORE, IMAGE_TOKEN, TEMPLATES, Sample, order, split
 from llama import Tokenizer
-from weights import UserError, read_json, write_beside
+from weights import UserError, cores, read_json, write_beside
 
 FORMAT = 1                       # of the folder; goes up when an older folder can't be read any more
 RAGGED = dict(tokens=((), np.int32), turns=((3,), np.int32), names=((), np.uint8), paths=((), np.uint8))
@@ -153,8 +154,10 @@ tokenizer_of = cache(Tokenizer.from_pretrained)       # one per process
 
 def follow(parent: int) -> None:
     """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes: nobody else would end it."""
+    born = os.getppid() if multiprocessing.get_start_method() == "forkserver" else parent      # else a server's child
+
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == born:
             time.sleep(0.5)
         os._exit(1)
 
@@ -433,7 +436,7 @@ class Lock:
     held, fd = weakref.WeakSet(), None
 
     def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)         # NFS wants to write
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -679,7 +682,7 @@ def add_commands(commands) -> None:
     p.add_argument("--decode", action="store_true", help="decode every picture to its end. Without it a picture is "
                    "opened, a PNG's checksums are compared, a JPEG is decoded only if it lacks its end, other formats "
                    "always. Cost: about 1.1 ms a JPEG of 640 x 480 and core instead of 0.15")
-    p.add_argument("--workers", type=int, default=min(16, len(os.sched_getaffinity(0))),
+    p.add_argument("--workers", type=int, default=min(16, cores()),
                    help="processes that tokenise and look (default: one a core, 16 at most; 0: do it all in this one)")
     p.add_argument("--tolerate", type=float, default=0.01, metavar="SHARE",
                    help="of the records that may be left out (default: %(default)s)")

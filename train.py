@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -148,6 +149,7 @@ def complete(args):
     """Defaults that depend on other arguments, and what doesn't go together."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     given = args.json or args.data
+    check_numbers(args)
     args.world = args.world or ("llava" if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
     if args.json and args.data:
         raise UserError("--json and --data are two ways to say what to train on: give one")
@@ -161,6 +163,10 @@ def complete(args):
     args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
     if args.group != "none" and not args.data:
         raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
+    if args.images and not given:
+        raise UserError("--images belongs to --json or --data")
+    if args.stage == 1 and args.model:
+        raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")
     if args.stage == 2 and (args.vision or args.llm):
         raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
     if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
@@ -185,6 +191,16 @@ def complete(args):
     args.workers = (1 if args.world == "toy" else 4) if args.workers is None else args.workers
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
+
+
+def check_numbers(args):
+    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1, stop_after=0, ask_every=0,
+                 threads=0, workers=0, shard_size=0)
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
+    if args.lr is not None and args.lr <= 0 or not 0 <= args.warmup <= 1 or args.mfu <= 0:
+        raise UserError("--lr and --mfu should be above 0, --warmup a share from 0 to 1")
 
 
 def check_places(args):
@@ -328,11 +344,12 @@ def shares(steps, dataset, rank, size, micro):
 def settings(args, dataset):
     """What decides the course of a run. It is in the checkpoint, and a resume with others is refused."""
     n = len(dataset)
-    prepared = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else {}
+    given = dict(group=args.group, sha256_of_json=dataset.report["inputs"]["json"]["sha256"]) if args.data else \
+        dict(sha256_of_json=dataset.sha256) if args.json else {}
     fuser = dict(fuser=args.fuser) if args.fuser else {}
     return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n, batch=args.batch,
                 lr=args.lr, warmup=args.warmup, seed=args.seed, max_length=args.max_length, mode=args.mode,
-                query=args.query, dtype=args.dtype, **prepared, **fuser, **variant(args))
+                query=args.query, dtype=args.dtype, **given, **fuser, **variant(args))
 
 
 def recompute(model: VLM):
@@ -389,7 +406,8 @@ def take(batches):
     try:
         return next(batches)
     except UserError as e:
-        raise UserError(str(e).strip().splitlines()[-1].removeprefix("weights.UserError: ")) from None
+        line = str(e).strip().splitlines()[-1]
+        raise UserError(line.partition("UserError: ")[2] or line) from None
 
 
 def open_dataset(args, tokenizer, size, say):
@@ -414,9 +432,10 @@ def describe(args, model, trained, course, start, size, device, dtype):
             + (f" ({'; '.join(how)})" if how else "") + epoch + (f", going on after step {start}" if start else ""))
 
 
-def say_answers(model, tokenizer, device, step, n=4):
-    """Answers to the first questions of the embedded world's exam. Forward passes alone, without a cache, since every
-    process has to take part in each pass of a sharded model; all compute the same."""
+def say_answers(model, tokenizer, device, dtype, mode, step, n=4):
+    """Answers to the first questions of the embedded world's exam, as the model is trained (dtype, mode). Forward
+    passes alone, without a cache, since every process has to take part in each pass of a sharded model; all compute
+    the same."""
     for item in toy.exam(0, n):
         row = data.prompt([(turn.question, turn.answer) for turn in item.turns[:-1]]
                           + [(item.turns[-1].question, None)], tokenizer)
@@ -425,22 +444,29 @@ def say_answers(model, tokenizer, device, step, n=4):
         sample, said = dict(ids=list(row.ids), labels=list(row.labels), query=row.query, pixels=pixels), []
         for _ in range(12):
             batch = {k: v.to(device) for k, v in data.collate([sample]).items() if k != "labels"}
-            with torch.no_grad():
-                said.append(int(model(**batch)[0, -1].argmax()))
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                said.append(int(model(**batch, mode=mode)[0, -1].argmax()))
             sample["ids"].append(said[-1])
             sample["labels"].append(data.IGNORE)
         end = next((i for i, token in enumerate(said) if token in tokenizer.eos_ids), len(said))
         last = item.turns[-1]
         yield f"  step {step}: {last.question} {tokenizer.decode(said[:end])!r}, right {last.answer!r}"
+    parallel.sliced_again(model)
 
 
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
     """Steps start+1..steps. True when it came to the end, False when --stop-after or SIGTERM ended it."""
+    if 0 < args.stop_after <= start:
+        return False
     keep_memory(device)
     steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
     picture_rows = vlm.picture_rows
+    max_length = min(args.max_length, vlm.llm.config.max_position_embeddings)
+    if max_length <= picture_rows:
+        raise UserError(f"{max_length} positions (--max-length, or the language model's context) leave no room beside "
+                        f"the picture's {picture_rows}")
     like = {} if args.group == "none" else dict(group=args.group, pictures=dataset.has_picture(),
-                                                lengths=dataset.lengths(picture_rows, args.max_length))
+                                                lengths=dataset.lengths(picture_rows, max_length))
     todo = islice(order(len(dataset), steps, args.batch, args.seed, **like), start, None)
     todo, ahead = tee(shares(todo, dataset, rank, size, args.micro))
     of_a_step = math.ceil(math.ceil(args.batch / size) / args.micro)        # micro-batches; all are wanted at once
@@ -449,7 +475,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
         prefetch_factor=max(2, math.ceil(of_a_step / args.workers)) if args.workers else None,
         worker_init_fn=parallel.Stop.in_reader,
         generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
-        collate_fn=partial(collate, query=vlm.query, max_length=args.max_length, picture_rows=picture_rows)))
+        collate_fn=partial(collate, query=vlm.query, max_length=max_length, picture_rows=picture_rows)))
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
     cost = lambda lengths, supervised: plan.flops(vlm, lengths, supervised, args.train_vision, args.stage == 2)
@@ -460,7 +486,8 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
         taken = [take(batches) for _ in mine]
         waited = time.perf_counter() - tic
         loss = train_step(model, taken, device, dtype, args.mode, counting)
-        lengths = [n + picture_rows - 1 for b in taken for n in b["mask"].sum(1).tolist()]
+        lengths = [n for b in taken for n in
+                   (b["mask"].sum(1) + (picture_rows - 1) * (b["ids"] == data.IMAGE_TOKEN).sum(1)).tolist()]
         work = cost(lengths, sum(int((b["labels"] != data.IGNORE).sum()) for b in taken))
         loss, tokens, work, asked = total(loss, sum(int(b["mask"].sum()) for b in taken), work, float(stop.asked),
                                           device=device)
@@ -486,7 +513,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
             if rank == 0:
                 curve.draw(args.out)
         if args.ask_every and (step + 1) % args.ask_every == 0:
-            for line in say_answers(model, tokenizer, device, step + 1):
+            for line in say_answers(model, tokenizer, device, dtype, args.mode, step + 1):
                 if rank == 0:
                     print(line, flush=True)
         if ends:
@@ -503,12 +530,11 @@ class Log:
     def __init__(self, args, start, steps):
         path = args.out / "log.csv"
         before = path.read_text().splitlines() if start and path.exists() else []
-        self.file, self.start, self.steps, self.began = open(path, "w", newline=""), start, steps, time.perf_counter()
-        self.csv, self.wandb = csv.writer(self.file), None
         # what an interrupted run logged after its last checkpoint is done again
-        rows = [row for row in csv.reader(before) if row and row[0].isdecimal() and int(row[0]) <= start]
-        self.csv.writerows([COLUMNS, *rows])
-        self.file.flush()
+        rows = [line for line in before if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= start]
+        write_beside(path, lambda tmp: tmp.write_text("\n".join([",".join(COLUMNS), *rows, ""])))
+        self.file, self.start, self.steps, self.began = open(path, "a", newline=""), start, steps, time.perf_counter()
+        self.csv, self.wandb = csv.writer(self.file, lineterminator="\n"), None
         if args.wandb:
             import wandb
             self.wandb = wandb.init(project="nanoccra", dir=args.out, config={k: str(v) for k, v in vars(args).items()})
@@ -518,7 +544,8 @@ class Log:
         if device.type == "cuda":
             peak, most = plan.peak_flops(torch.cuda.get_device_name(device)), torch.cuda.max_memory_allocated(device)
         else:
-            peak, most = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak, most = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
         left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step) / 60
         values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
@@ -555,7 +582,7 @@ def sketch(args):
 def epoch(args):
     """(steps, samples) of --plan: of the prepared data if they are there, else of LLaVA's."""
     report = Path(args.data or "", "report.json")
-    samples = read_json(report)["samples"] if args.data and report.is_file() else {1: 558128, 2: 665298}[args.stage]
+    samples = read_json(report)["kept"] if args.data and report.is_file() else {1: 558128, 2: 665298}[args.stage]
     return args.steps or math.ceil(samples / args.batch), samples
 
 
@@ -590,6 +617,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size, say)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file; choose a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     held = parallel.lock(args.out) if rank == 0 else None
     course = settings(args, dataset)
@@ -605,6 +634,10 @@ def main(argv=None):
     checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
     checkpoints.check_room(trained)
     start = checkpoints.load(trained, optimizer, course)
+    one, two = total(float(start), float(start) ** 2, device=device)
+    if one ** 2 != two * size:
+        raise UserError(f"{args.out}: the processes find different checkpoints there; it has to be one folder for all "
+                        "machines")
     say(describe(args, model, trained, course, start, size, device, dtype))
     if line := inherited(args, model):
         say(line)

@@ -238,6 +238,11 @@ class Tensors(Mapping):
             drop_pages(self[name])
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()      # not on a Mac
+
+
 def stored_files(dir: str | Path) -> list[Path]:
     """The files of the folder's weights: those that would be loaded."""
     return next(filter(None, (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
@@ -353,6 +358,8 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard
         shards[-1].append(name)
     files = [SINGLE] if len(shards) == 1 else \
             [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(files) > 1:
+        (dir / INDEX).unlink(missing_ok=True)              # a kill shall not leave old and new shards that look whole
     for file, names in zip(files, shards):
         content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
         # transformers wants the format tag; without it, it refuses the file

@@ -569,8 +569,9 @@ def test_bad_ids(ids, pixels, match):
         model(pixels, ids, batch["query"], batch["query_mask"])
     with pytest.raises(UserError, match=match):
         next(model.generate(pixels, ids, batch["query"], batch["query_mask"]))
-    with pytest.raises(UserError, match="query"):
-        model(batch["pixels"], batch["ids"], torch.full_like(batch["query"], IMAGE_TOKEN), batch["query_mask"])
+    for id in (IMAGE_TOKEN, VOCAB):
+        with pytest.raises(UserError, match="query"):
+            model(batch["pixels"], batch["ids"], torch.full_like(batch["query"], id), batch["query_mask"])
 
 
 def test_padding_of_any_value_never_reaches_the_table():

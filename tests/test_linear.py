@@ -89,6 +89,13 @@ def test_the_table_is_the_weight_in_another_order(O, first, wide, w, monkeypatch
     close(columns(x[:, :1]), x[:, :1].double() @ weight.double().t(), torch.bfloat16)
 
 
+def test_int8_takes_rows_that_its_kernel_can_read():
+    """torch's kernel reads 16 numbers at a time, also beyond a row's end."""
+    assert Int8.fit([draw(8, 48), draw(8, 16)])
+    with pytest.raises(UserError, match="multiple of 16 numbers in a row, not 24"):
+        Int8.fit([draw(8, 48), draw(8, 24)])
+
+
 @pytest.mark.parametrize("slow", [set(HALF), {torch.float16}])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_int8_is_its_literal_twin(dtype, slow, monkeypatch):

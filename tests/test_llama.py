@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 from dataclasses import replace
@@ -457,6 +458,13 @@ def test_sentencepiece(tiny_sp):
     tok = Tokenizer.from_pretrained(tiny_sp)
     check_sentencepiece(tok)
     assert tok.encode("USER:", continues=True) != tok.encode("USER:")
+
+
+def test_a_tokenizer_goes_to_other_processes(tiny_sp):
+    """As a reading process that isn't forked takes it: by its file."""
+    tok = Tokenizer.from_pretrained(tiny_sp)
+    again = pickle.loads(pickle.dumps(tok))
+    assert again.encode("a cat") == tok.encode("a cat") and again.eos_ids == tok.eos_ids
 
 
 def test_streaming_is_immediate(tiny_sp):

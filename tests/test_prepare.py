@@ -631,6 +631,13 @@ def test_training_is_that_on_the_json(model, trainable):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_the_plan_counts_what_was_prepared(model, trainable, capsys):
+    train.main(["--stage", "2", "--plan", "--model", str(model), "--data", str(trainable / "out"), "--gpus", "1",
+                "--parallel", "ddp", "--max-length", "99", "--batch", "2"])
+    n = json.loads((trainable / "out" / "report.json").read_text())["kept"]
+    assert f"{n} samples in {-(-n // 2)} steps of 2" in capsys.readouterr().out
+
+
 def test_a_grouped_run_goes_on_in_mid_epoch(model, trainable):
     grouped = ["--data", str(trainable / "out"), "--micro", "3"]
     train.main(flags(model, trainable, "whole", *grouped))

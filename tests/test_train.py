@@ -239,6 +239,7 @@ def test_a_llava_json_trains(stage1, tmp_path):
     (tmp_path / "1.png").write_bytes(b"not a picture")              # found by the reading process, in the first step
     run = subprocess.run([*command, "--workers", "1", "--out", str(tmp_path / "out1")], capture_output=True, text=True)
     assert run.returncode == 2 and "1.png: cannot be read" in run.stderr and len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith(f"error: {tmp_path}")
     (tmp_path / "1.png").unlink()
     run = subprocess.run([*command, "--out", str(tmp_path / "out2")], capture_output=True, text=True)
     assert run.returncode == 2 and "1 of 2 pictures" in run.stderr and "Traceback" not in run.stderr
@@ -256,11 +257,94 @@ def test_a_foreign_checkpoint_is_refused(stage1, tmp_path):
     with pytest.raises(UserError, match="another model"):
         train.main([*command, "--steps", "2"])
     state.write_text(json.dumps(before))
+    slices = state.with_name("rank-0000.safetensors")
+    os.truncate(slices, slices.stat().st_size - 9)
+    with pytest.raises(UserError, match="step-00000001: is damaged .*remove it"):
+        train.main([*command, "--steps", "2"])
+    slices.unlink()
+    with pytest.raises(UserError, match="step-00000001: is damaged .*remove it"):
+        train.main([*command, "--steps", "2"])
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")        # what a kill left behind is no checkpoint
     (tmp_path / "checkpoints" / "step-00000001.tmp").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.tmp" / "state.json").write_text("{")
+    (tmp_path / "checkpoints" / "step-00000007").mkdir()             # nor is one that was being removed
     train.main([*command, "--steps", "2"])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_resume_has_the_same_flags(stage1, tmp_path):
+    """Also those that are only left out now: what was begun is another training."""
+    command = ["--stage", "2", "--model", str(stage1), "--out", str(tmp_path), "--batch", "2", "--steps", "3"]
+    train.main([*command, "--norm", "token", "--stop-after", "1"])
+    with pytest.raises(UserError, match="is of a run with norm token, not None; remove it"):
+        train.main(command)
+    train.main([*command, "--norm", "token", "--stop-after", "1"])                   # it is there already
+    assert [r.split(",")[0] for r in (tmp_path / "log.csv").read_text().splitlines()[1:]] == ["1"]
+    train.main([*command, "--norm", "token"])
+    assert json.loads((tmp_path / "train.json").read_text())["model"]["norm"] == "token"
+
+
+def test_a_json_is_the_same_as_before(stage1, tmp_path):
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I am"}]
+    command = ["--stage", "2", "--model", str(stage1), "--out", str(tmp_path / "out"), "--batch", "2", "--steps", "3",
+               "--workers", "0", "--json", str(tmp_path / "d.json")]
+    (tmp_path / "d.json").write_text(text := json.dumps([{"id": str(i), "conversations": turns} for i in range(4)]))
+    train.main([*command, "--stop-after", "1"])
+    (tmp_path / "d.json").write_text(text.replace("I am", "We", 1))
+    with pytest.raises(UserError, match="is of a run with sha256_of_json [0-9a-f]{64}, not"):
+        train.main(command)
+    (tmp_path / "d.json").write_text(text)
+    train.main(command)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--micro", "-1"], "--micro -1: should be 1"), (["--batch", "0"], "--batch 0"), (["--steps", "0"], "--steps 0"),
+    (["--max-length", "-5"], "--max-length -5"), (["--save-every", "0"], "--save-every"), (["--keep", "0"], "--keep 0"),
+    (["--workers", "-1"], "--workers -1: should be 0"), (["--lr", "0"], "--lr"), (["--warmup", "2"], "--warmup"),
+    (["--images", "x"], "--images belongs"), (["--model", "x"], "--model is what stage 2")])
+def test_numbers_and_flags_that_make_no_sense(words, said):
+    with pytest.raises(UserError, match=said):
+        train.arguments(["--stage", "1", *words])
+
+
+def test_no_room_beside_the_picture(stage1, tmp_path):
+    command = ["--stage", "2", "--model", str(stage1), "--steps", "1", "--batch", "2"]
+    rows = VLM.from_pretrained(stage1).picture_rows
+    with pytest.raises(UserError, match=f"no room beside the picture's {rows}"):
+        train.main([*command, "--max-length", str(rows), "--out", str(tmp_path / "a")])
+    (tmp_path / "b").touch()
+    with pytest.raises(UserError, match="b: is a file; choose a folder"):
+        train.main([*command, "--out", str(tmp_path / "b")])
+
+
+def test_what_is_counted_is_what_is_learnt(stage1, tmp_path, monkeypatch):
+    """A row that is longer than the language model's context is cut there before its tokens are counted."""
+    words = " ".join(["yes"] * 3000)
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": words}]
+    (tmp_path / "d.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    counted, in_loss, real = [], [], train.total
+    monkeypatch.setattr(train, "total", lambda *x, device: counted.append(x) or real(*x, device=device))
+    monkeypatch.setattr(VLM, "loss", lambda self, states, target: in_loss.append(len(target)) or states.sum() * 0)
+    monkeypatch.setattr("ccra.LOSS_ROWS", 10 ** 6)
+    train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path / "out"), "--batch", "1", "--steps", "1",
+                "--workers", "0", "--json", str(tmp_path / "d.json"), "--max-length", "9999"])
+    context = VLM.from_pretrained(stage1).llm.config.max_position_embeddings
+    assert in_loss == [counted[1][0]] and 100 < in_loss[0] < context
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_on_the_way(dtype, towers, stage1, tmp_path, capsys, monkeypatch):
+    """--ask-every, in either precision; stage 1's answers are those of the model that stage 1 trains, without CCRA."""
+    modes, real = set(), VLM.look
+    monkeypatch.setattr(VLM, "look", lambda self, pixels, query, mask, mode="on": modes.add(mode)
+                        or real(self, pixels, query, mask, mode))
+    common = ["--steps", "2", "--batch", "2", "--ask-every", "2", "--dtype", dtype]
+    train.main(["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"), "--out",
+                str(tmp_path / "1"), *common])
+    assert modes == {"off"}
+    train.main(["--stage", "2", "--model", str(stage1), "--out", str(tmp_path / "2"), *common])
+    assert modes == {"off", "on"} and capsys.readouterr().out.count("  step 2: ") == 8
 
 
 @pytest.fixture(scope="module")
