@@ -5,8 +5,11 @@
 Everything is told from results.csv, which has a bit for each question of each run.
 """
 import csv
+import io
 import math
 import os
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from tables import COLUMNS, REPORTED
 from weights import UserError, write_beside
 
 SEEDS, PILOT_SEEDS = 5, (100, 101, 102)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)           # in markdown
 # Quantiles of Student's t by degrees of freedom: what leaves 2.5% above it, and what leaves 20%
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 T80 = {1: 1.376, 2: 1.061, 3: 0.978, 4: 0.941, 5: 0.920, 6: 0.906, 7: 0.896, 8: 0.889, 9: 0.883}
@@ -215,6 +219,18 @@ def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
             pen.ellipse([x(mean) - 3 * fine, y - 3 * fine, x(mean) + 3 * fine, y + 3 * fine], fill=color)
             write(left - 8, top + line * (i + 0.5), name, "rm")
     return image.resize((image.width // fine, image.height // fine), Image.LANCZOS)
+
+
+def write_tables(path: Path, results: Path) -> None:
+    """Put the tables that `show_tables` prints in the place of those after "## Results" in a markdown file."""
+    with redirect_stdout(io.StringIO()) as said:
+        show_tables(results, "ccra")
+    head, mark, tail = path.read_text().partition("\n## Results\n")
+    old, new = TABLE.findall(tail), TABLE.findall(said.getvalue())
+    if len(old) != len(new):
+        raise UserError(f"{path}: has {len(old)} tables after its line '## Results', but {len(new)} are printed")
+    text = head + mark + TABLE.sub(lambda _: new.pop(0), tail)
+    write_beside(path, lambda tmp: tmp.write_text(text))
 
 
 def show_tables(results: Path, base: str) -> None:

@@ -38,7 +38,7 @@ import toy
 import train
 from ccra import CCRA, NAMED, VLM
 from clip import CLIP, CLIPVision
-from findings import PILOT_SEEDS, SEEDS, read, show_tables
+from findings import PILOT_SEEDS, SEEDS, read, show_tables, write_tables
 from llama import Llama, Tokenizer
 from probes import KINDS, caption, conversation, exam, show_probes, states, text_rows
 from weights import UserError, autocast_dtype, run, write_beside
@@ -378,6 +378,8 @@ def main(argv=None):
     p.add_argument("--steps", type=int, nargs=2, default=STEPS, help="run: of stage 1 and 2 (default: %(default)s)")
     p.add_argument("--questions", type=int, default=QUESTIONS, help="run: how many (default: %(default)s)")
     p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
+    p.add_argument("--into", type=Path, metavar="FILE", help="table: don't print the tables, but replace those of a "
+                   "markdown file after its line '## Results' (docs/study.md)")
     args = p.parse_args(argv)
     torch.set_num_threads(1)                   # threads change rounding
     if args.command == "towers":
@@ -388,6 +390,8 @@ def main(argv=None):
         run_all(args)
     elif args.command == "off":
         off_all(args)
+    elif args.into:
+        write_tables(args.into, args.results)
     else:
         show_tables(args.results, args.base)
 

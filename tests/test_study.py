@@ -245,6 +245,20 @@ def test_the_papers_figures_are_those_of_docs_study():
         assert said == pytest.approx(findings.reported(name), abs=1e-9), name
 
 
+def test_the_tables_of_docs_study_are_those_of_its_rows(tmp_path):
+    for file in ("study/results.csv", "study/off.csv", "docs/study.md"):
+        shutil.copy(toy.ROOT / file, tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    (tmp_path / "study.md").write_text(text.replace("%", "").replace(" ± 1.", " ± 2."))
+    table = ["table", "--results", str(tmp_path / "results.csv"), "--into", str(tmp_path / "study.md")]
+    study.main(table)
+    results = lambda text: text.split("\n## Results\n")[1]
+    assert findings.TABLE.findall(results((tmp_path / "study.md").read_text())) == findings.TABLE.findall(results(text))
+    (tmp_path / "study.md").write_text(text + "\n| one | more |\n")
+    with pytest.raises(UserError, match="has 6 tables .* but 5 are printed"):
+        study.main(table)
+
+
 def test_the_claims(capsys):
     """On answers made so that the truth is known: what is below is told, on either side, and what isn't, isn't."""
     rng, Q = random.Random(0), 1000
