@@ -378,8 +378,8 @@ class VLM(nn.Module):
         hand the labels to the visual features. mode: see CCRA.forward. Returns visual (B, N', D) and the fuser's maps.
         """
         if (((query < 0) | (query >= self.llm.config.vocab_size)) & query_mask).any():
-            raise UserError("the query holds an id outside of the vocabulary; it takes text only, without the picture's "
-                            "place")
+            raise UserError("the query holds an id outside of the vocabulary; it takes text only, without the "
+                            "picture's place")
         trained = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             hidden = self.vision(pixels, self.fuser.n_blocks)                            # (L+1, B, 1+N, d)

@@ -467,6 +467,8 @@ def workplace(out: Path) -> Iterator[Path]:
             raise BlockingIOError
     except BlockingIOError:
         raise UserError(f"{tmp}: another process is preparing this folder") from None
+    if foreign := [p.name for p in tmp.iterdir() if p.suffix != ".npy" and not p.name.startswith("report.json")]:
+        raise UserError(f"{tmp}: would be emptied, but holds {min(foreign)!r}, which isn't from here: move it away")
     try:
         for leftover in tmp.iterdir():                  # of a run that was killed
             leftover.unlink()

@@ -309,7 +309,10 @@ def test_an_interrupted_run_leaves_nothing(world, monkeypatch):
     (world / "out.tmp" / "junk.npy").write_text("")
     make(world)
     assert not (world / "out" / "junk.npy").exists() and not (world / "out.tmp").exists()
-    (world / "out2.tmp").mkdir()
+    (world / "out2.tmp" / "photos").mkdir(parents=True)                     # somebody's own
+    with pytest.raises(UserError, match="out2.tmp: would be emptied, but holds 'photos'"):
+        make(world, "out2")
+    (world / "out2.tmp" / "photos").rmdir()
     holder = os.open(world / "out2.tmp", os.O_RDONLY)                       # of a run that is running
     fcntl.flock(holder, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another process"):
