@@ -2,7 +2,7 @@
 
     python study.py table
 
-Everything is told from results.csv, which has a bit for each question of each run.
+Everything is told from results.csv and off.csv, which have a bit for each question of each run.
 """
 import csv
 import io

@@ -11,8 +11,8 @@ public towers, in the places that are printed when something is missing. --world
 The loss is the sum over the supervised tokens of the whole global batch divided by their number, so cutting a batch
 into micro-batches (--micro), or sharing it out among processes, changes no gradient. (LLaVA averages the means of
 micro-batches, which gives a token of a short answer more weight.)
-A run that was stopped goes on where it was, bit for bit, when the same command is given again, also on another number
-of processes.
+A run that was stopped goes on where it was, bit for bit, when the same command is given again; on another number of
+processes, too, with sums in another order.
 """
 import argparse
 import csv

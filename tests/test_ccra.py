@@ -469,6 +469,18 @@ def test_loss_is_cross_entropy_of_the_full_logits():
     assert all(p.grad is None for p in model.vision.parameters())
 
 
+def test_a_loss_in_pieces_is_the_loss(monkeypatch):
+    """Many supervised positions go piece by piece, and their logits are computed again in the backward."""
+    found = []
+    for rows in (4096, 4):                                               # 6 positions: one piece; 4 and 2
+        monkeypatch.setattr(ccra, "LOSS_ROWS", rows)
+        model = tiny_vlm()
+        loss = model(**tiny_batch())
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20 and all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
 def test_nothing_supervised_is_a_loss_of_zero():
     model, batch = tiny_vlm(), tiny_batch()
     loss = model(**{**batch, "labels": torch.full_like(batch["labels"], IGNORE)})

@@ -3,7 +3,6 @@
 Everything runs on a small sentencepiece model trained on the spot and on a small byte-level BPE (Llama 3's kind). Set
 NANOCCRA_LLAMA2_TOKENIZER to a Llama-2 or Vicuna tokenizer.model to run it on the real one, too.
 """
-import importlib.util
 import json
 import os
 import random
@@ -592,10 +591,8 @@ def test_one_line_and_exit_2(world, folders):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ccra") is None, reason="ccra.py is not there")
-def test_constants_are_ccras():
-    import ccra
-    assert (ccra.IMAGE_TOKEN, ccra.IGNORE) == (data.IMAGE_TOKEN, data.IGNORE) == (-200, -100)
+def test_constants_are_llavas():
+    assert (data.IMAGE_TOKEN, data.IGNORE) == (-200, -100)
 
 
 def test_cut_counts_the_picture():

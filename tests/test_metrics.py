@@ -165,4 +165,14 @@ def test_the_command(capsys, one_thread):
     assert [row[:20].strip() for row in shown[1:6]] == ["paper, F_stack", "paper, F_lp", "here, F_stack",
                                                         "here, norm alone", "here, F_lp"]
     assert float(shown[3].split()[-10]) == pytest.approx(one["F_stack"]["js"], abs=1e-4)
-    assert VLM.from_pretrained(toy.MODEL).fuser.config.order == "progressive"
+
+
+def test_it_measures_what_the_model_reads():
+    """The same features, words and mask that VLM.look gives CCRA: layers 1 to L, without CLS."""
+    model, seen = VLM.from_pretrained(toy.MODEL, dtype=torch.float32), []
+    model.fuser.register_forward_hook(lambda fuser, given, out: seen.append(given[:3]))
+    query = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    batch = torch.randn(2, 3, 96, 96), query, query > 0
+    model.look(*batch)
+    metrics.measure(model, [batch])
+    assert len(seen) == 2 and all(map(torch.equal, *seen))

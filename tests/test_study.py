@@ -293,6 +293,7 @@ def test_what_a_small_loss_is(mean, plain, small, robust):
     assert 0.2 < findings.interval(d)[1] < 0.3
     assert findings.verdict(d, -1) == plain
     assert findings.verdict(d, -1, 2.0) == small and findings.verdict(d, 0, 2.0) == robust
+    assert findings.verdict(d - mean + 3, 0) == "above" and findings.verdict(d - mean - 3, 0) == "below"
     assert findings.LESS.keys() <= findings.CLAIMS.keys()
     assert findings.verdict(torch.tensor([[-20.0] * 50 + [-19.0] * 50]), -1) == "can't be told"      # one seed
     assert findings.verdict(torch.tensor([[-1.9], [2.1]]) + torch.zeros(2, 9), 0, 2.0) == "can't be told"    # 0.1 ± 25

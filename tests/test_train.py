@@ -1,6 +1,7 @@
 """Training: accumulation changes nothing, a resume is bit for bit, and each stage touches only what it should."""
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,10 +13,13 @@ from functools import partial
 import pytest
 import sentencepiece
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import data
+import parallel
 import toy
 import train
 from ccra import VLM, CCRAConfig
@@ -109,7 +113,8 @@ def test_other_recipes_touch_what_they_say(towers, stage1, tmp_path):
     for mode, parts in (("neutral", {"projector"}), ("on", {"projector", "fuser"})):
         train.main([*stage_1, "--stage1-ccra", mode, "--out", str(tmp_path / mode)])
         assert changed(parameters(stage1), parameters(tmp_path / mode)) == parts
-    train.main(["--stage", "2", "--model", str(stage1), "--train-vision", "--out", str(tmp_path / "v"), *short])
+    train.main(["--stage", "2", "--model", str(stage1), "--train-vision", "--out", str(tmp_path / "v"), "--dtype",
+                "float32", *short])                                     # bfloat16 would change all by rounding it
     assert changed(parameters(stage1), parameters(tmp_path / "v")) == {"projector", "fuser", "llm", "vision"}
     with pytest.raises(UserError, match="--stage 2"):
         train.main([*stage_1, "--train-vision"])
@@ -308,6 +313,47 @@ def test_numbers_and_flags_that_make_no_sense(words, said):
         train.arguments(["--stage", "1", *words])
 
 
+def test_what_is_trained_keeps_its_digits(stage1):
+    """Float32 master weights whatever products are in: in bfloat16 a step of 1e-5 would round away."""
+    model = VLM.from_pretrained(stage1)
+    train.save_precision(train.freeze(model, 2), model, torch.bfloat16)
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert all(p.dtype == kinds[p.requires_grad] for p in model.parameters())
+
+
+def test_the_recipe_is_table_5s():
+    for stage, batch, lr in ((1, 256, 1e-3), (2, 128, 1e-5)):
+        args = train.arguments(["--stage", str(stage), "--data", "x"])
+        assert (args.batch, args.lr, args.warmup, args.steps) == (batch, lr, 0.03, None)
+    how = train.adamw({"x": torch.nn.Parameter(torch.zeros(1))}, 1.0).defaults
+    assert how["weight_decay"] == 0 and how["betas"] == (0.9, 0.999) and how["eps"] == 1e-8
+
+
+def test_slices_are_summed_in_float32(stage1, monkeypatch):
+    """What FSDP is told: gathered in bfloat16, but gradients summed in float32, and CCRA in float32 altogether."""
+    model, seen = VLM.from_pretrained(stage1), {}
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, mp_policy, **how: seen.update({module: mp_policy}))
+    parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16)
+    assert all(policy.reduce_dtype == torch.float32 for policy in seen.values())
+    assert seen[model].param_dtype == torch.bfloat16 and seen[model.fuser].param_dtype == torch.float32
+    assert {*model.llm.layers, *model.vision.layers, model.fuser, model} == seen.keys()
+
+
+def test_copies_and_slices(monkeypatch):
+    """Of 8 processes on two machines: each machine's four share one copy, unless said otherwise."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        for shard_size, shape in ((0, (2, 4)), (2, (4, 2)), (8, (8,))):
+            mesh = parallel.layout(torch.device("cpu"), shard_size)
+            assert mesh.shape == shape and mesh["shard"].size() == shape[-1]
+        with pytest.raises(UserError, match="groups of 3"):
+            parallel.layout(torch.device("cpu"), 3)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_no_room_beside_the_picture(stage1, tmp_path):
     command = ["--stage", "2", "--model", str(stage1), "--steps", "1", "--batch", "2"]
     rows = VLM.from_pretrained(stage1).picture_rows
@@ -437,21 +483,25 @@ def test_sigterm_saves_and_leaves(stage1, tmp_path):
 
 def test_a_step_that_is_not_finite_changes_nothing(stage1, tmp_path, monkeypatch, capsys):
     """One spoilt step is left out and said; three in a row end the run."""
-    real, bad = train.train_step, {2}
+    real, bad, overflow = train.train_step, {2}, False
 
-    def spoilt(*args, **kwargs):
+    def spoilt(model, *args, **kwargs):
         spoilt.step += 1
-        loss = real(*args, **kwargs)
-        return float("nan") if spoilt.step in bad else loss
+        loss = real(model, *args, **kwargs)
+        if overflow and spoilt.step in bad:                              # in the backward alone
+            model.projector[0].weight.grad[0, 0] = math.inf
+        return float("nan") if spoilt.step in bad and not overflow else loss
     spoilt.step = 0
     monkeypatch.setattr(train, "train_step", spoilt)
     command = ["--stage", "2", "--model", str(stage1), "--batch", "2", "--save-every", "1"]
-    train.main([*command, "--out", str(tmp_path / "a"), "--steps", "2"])
-    assert "step 2: loss nan" in (said := capsys.readouterr().out) and "train2/" in said
-    first, second = (load_file(tmp_path / "a" / "checkpoints" / f"step-0000000{i}" / "rank-0000.safetensors")
-                     for i in (1, 2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    spoilt.step, bad = 0, {2, 3, 4}
+    for overflow, name, words in ((False, "a", "step 2: loss nan"), (True, "c", "gradient norm inf")):
+        spoilt.step = 0
+        train.main([*command, "--out", str(tmp_path / name), "--steps", "2"])
+        assert words in (said := capsys.readouterr().out) and "train2/" in said
+        first, second = (load_file(tmp_path / name / "checkpoints" / f"step-0000000{i}" / "rank-0000.safetensors")
+                         for i in (1, 2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    spoilt.step, bad, overflow = 0, {2, 3, 4}, False
     with pytest.raises(UserError, match="step 4: loss nan.*third step in a row"):
         train.main([*command, "--out", str(tmp_path / "b"), "--steps", "9"])
 
@@ -476,9 +526,9 @@ dist.init_process_group("gloo")
 model = VLM.from_pretrained({model!r}, dtype=torch.float32)
 trained = train.freeze(model, 2)
 samples = torch.load({samples!r}, weights_only=True)
-share, _ = train.pieces(samples, dist.get_rank(), 2, 2)
+share, counting = train.pieces(samples, dist.get_rank(), 2, 3)      # 3 + 1 rows, and 3 + one that doesn't count
 batches = [data.collate(rows) for rows in share]
-train.train_step(DistributedDataParallel(model), batches, torch.device("cpu"), torch.float32)
+train.train_step(DistributedDataParallel(model), batches, torch.device("cpu"), torch.float32, counting=counting)
 if dist.get_rank() == 0:
     torch.save({{name: p.grad for name, p in trained.items()}}, {out!r})
 dist.barrier()

@@ -369,6 +369,7 @@ def test_pointing_tells_a_perfect_map_from_an_even_one(monkeypatch, tokenizer):
         assert look.mean95(scores[name]["hit"])[0] == 1 and look.mean95(scores[name]["mass"])[0] > 0.95
     for part in ("hit", "mass"):
         assert scores["language model, block 2"][part] == pytest.approx(scores["chance"][part])
+    assert look.mean95(scores["PWCA"]["mass other"])[0] < 0.1 and look.mean95(scores["PWCA"]["hit other"])[0] < 0.2
     areas = [covered.mean().item() for covered in items.values()]
     assert scores["chance"]["mass"] == pytest.approx(areas)
 
@@ -378,6 +379,11 @@ def test_intervals_and_depth():
     mean, half = look.mean95(values)
     assert mean == pytest.approx(0.6) and half == pytest.approx(1.96 * np.std(values, ddof=1) / 5 ** 0.5)
     assert look.depth(torch.tensor([0.0, 0.0, 1.0])) == 3 and look.depth(torch.full((8,), 1 / 8)) == pytest.approx(4.5)
+
+
+def test_deeper_is_deeper(capsys):
+    look.show_depths(dict.fromkeys(look.LOOKS, [1.0, 2.0]) | dict.fromkeys(look.THOUGHT, [3.0, 4.0]), 8)
+    assert "count, left-of deeper than colour, word by 2.000 +-" in capsys.readouterr().out
 
 
 def test_the_commands_print_tables(capsys):
