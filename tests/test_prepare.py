@@ -459,11 +459,8 @@ def test_other_processes_map_the_files_themselves(world, tokenizer):
     prepared = Prepared(world / "out", None, tokenizer, "v1", 28)
     state = prepared.__getstate__()
     assert "arrays" in vars(prepared) and "arrays" not in state
-    state.pop("tokenizer")
     assert len(pickle.dumps(state)) < 5000
-    copy = Prepared.__new__(Prepared)
-    copy.__dict__.update(state)
-    same_items(copy, prepared)
+    same_items(pickle.loads(pickle.dumps(prepared)), prepared)
 
 
 def test_a_picture_damaged_later(world, tokenizer, capfd, tmp_path):
@@ -483,7 +480,8 @@ def test_a_picture_damaged_later(world, tokenizer, capfd, tmp_path):
         assert after["labels"] == ([IGNORE] * len(after["ids"]) if i in hit else before[i]["labels"])
     lines = [json.loads(line) for line in note.read_text().splitlines()]
     assert [line["path"] for line in lines] == [str(world / "images" / "c.jpg")]
-    assert prepared.record_id(hit[0]) in lines[0]["message"] and capfd.readouterr().err.count("damaged picture") == 1
+    assert any(prepared.record_id(i) in lines[0]["message"] for i in hit)             # whichever reader came first
+    assert capfd.readouterr().err.count("damaged picture") == 1
     strict = Prepared(world / "out", None, tokenizer, "v1", 28)
     with pytest.raises(UserError, match="c.jpg: cannot be read"):
         strict[hit[0]]
