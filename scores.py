@@ -10,7 +10,8 @@ Where other people's numbers come from another rule (lmms-eval, VLMEvalKit), tha
 An answers file has one JSON object a line: "question_id" and "text", and "prompt" where the official scorer joins by
 it. Every scorer but MM-Vet's takes (annotations: Path, answers: list[Answer], limited: whether only a part of the
 questions was asked, so that the others don't count) and gives (the published number, dict of all numbers, and its 95%
-`margin`); all are in percent but MME's. What the official scorer tolerates is a warning with a count, all else a UserError.
+`margin`); all are in percent but MME's. What the official scorer tolerates is a warning with a count, all else a
+UserError.
 """
 import math
 import random
