@@ -163,7 +163,7 @@ def complete(args):
     args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
     if args.group != "none" and not args.data:
         raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
-    if args.images and not given:
+    if args.images and not (args.json or args.data):
         raise UserError("--images belongs to --json or --data")
     if args.stage == 1 and args.model:
         raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")

@@ -311,6 +311,7 @@ def test_a_json_is_the_same_as_before(stage1, tmp_path):
 def test_numbers_and_flags_that_make_no_sense(words, said):
     with pytest.raises(UserError, match=said):
         train.arguments(["--stage", "1", *words])
+    assert train.arguments(["--stage", "2", "--world", "llava", "--images", "x"]).images == "x"      # of data/stage2
 
 
 def test_what_is_trained_keeps_its_digits(stage1):
