@@ -198,25 +198,37 @@ def show_off(table: list[dict]) -> None:
         print(f"| {name} | {off or 'nothing'} | {len(seeds)} | {stay:.1%} | {points} | {lp:.1%} | {p:.1%} |")
 
 
-def plot(found: dict[str, tuple[int, dict]], title: str) -> Image.Image:
-    """A column for each kind, as wide as its widest interval, and a line for each row: the difference, its interval."""
+def plot(rows: dict[str, dict[int, Tensor]], base: str) -> Image.Image:
+    """A column for each kind of question, a line for each row: its difference from the row `base` (a ring), the 95%
+    interval, and a dot for each seed. A column is wide enough for four intervals of five; the others leave it."""
+    found, kinds = lines(rows, rows[base]), by_kind(len(next(iter(rows[base].values()))))
     left, top, width, line, fine = 130, 76, 110, 22, 2
-    size = fine * (left + width * (len(KINDS) + 1) + 10), fine * (top + line * len(found) + 20)
+    size = fine * (left + width * (len(kinds) + 1) + 10), fine * (top + line * len(found) + 20)
     image = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12 * fine)
     write = lambda x, y, text, anchor: pen.text((fine * x, fine * y), text, font=font, fill=(60, 60, 60), anchor=anchor)
-    write(10, 14, f"{title}, with 95% intervals; blue: 0 is outside; columns reach as far as they say", "lm")
-    for column, kind in enumerate(["all"] + KINDS):
-        most = max([abs(cells[kind][0]) + cells[kind][1] for _, cells in found.values()] + [1.0])
-        x = lambda value: fine * (left + width * (column + 0.5) + (width / 2 - 6) * value / most)
-        write(left + width * (column + 0.5), 40, kind, "mm")
-        write(left + width * (column + 0.5), 58, f"± {most:.1f}", "mm")
+    write(10, 14, f"points more than {base}, with 95% intervals (blue: 0 is outside), and each seed's (dots); "
+          "columns reach as far as they say, arrows go on", "lm")
+    for column, (kind, places) in enumerate(kinds.items()):
+        reach = sorted(abs(mean) + half for _, cells in found.values() for mean, half in [cells[kind]])
+        most = max(1.0, reach[int(0.8 * (len(reach) - 1))])
+        room = width * (2 if kind == "all" else 1)                         # what claims are about
+        middle = left + width * (column + 1.5 if column else 1)
+        x = lambda value: fine * (middle + (room / 2 - 8) * max(-1.0, min(1.0, value / most)))
+        write(middle, 40, kind, "mm")
+        write(middle, 58, f"± {most:.1f}", "mm")
         pen.line([x(0), fine * top, x(0), fine * (top + line * len(found))], fill=(200, 200, 200), width=fine)
         for i, (name, (seeds, cells)) in enumerate(found.items()):
             y, (mean, half) = fine * (top + line * (i + 0.5)), cells[kind]
             color = (31, 80, 160) if seeds > 1 and abs(mean) > half else (150, 150, 150)
             pen.line([x(mean - half), y, x(mean + half), y], fill=color, width=2 * fine)
-            pen.ellipse([x(mean) - 3 * fine, y - 3 * fine, x(mean) + 3 * fine, y + 3 * fine], fill=color)
+            for side in (-1, 1):
+                if side * mean + half > most:
+                    end, tip = x(side * most) - side * fine, x(side * most) + side * 5 * fine
+                    pen.polygon([tip, y, end, y - 4 * fine, end, y + 4 * fine], color)
+            pen.ellipse([x(mean) - 4 * fine, y - 4 * fine, x(mean) + 4 * fine, y + 4 * fine], "white", color, 2 * fine)
+            for each in paired(rows[name], rows[base])[:, places].mean(1).tolist():
+                pen.ellipse([x(each) - 1.5 * fine, y - 1.5 * fine, x(each) + 1.5 * fine, y + 1.5 * fine], (60, 60, 60))
             write(left - 8, top + line * (i + 0.5), name, "rm")
     return image.resize((image.width // fine, image.height // fine), Image.LANCZOS)
 
@@ -256,6 +268,6 @@ def show_tables(results: Path, base: str) -> None:
     if off := read(results.parent / "off.csv"):
         show_off(off)
     path = results.parent / f"differences-from-{base.replace(' ', '-')}.png"
-    write_beside(path, lambda tmp: plot(found, f"points more than {base}").save(tmp, format="PNG"))
+    write_beside(path, lambda tmp: plot(rows, base).save(tmp, format="PNG"))
     seconds = sum(float(row["train_s"]) + float(row["exam_s"]) for row in table)
     print(f"\n{len(table)} runs, {seconds / 3600:.1f} hours of one core; drawn in {path}")

@@ -1,9 +1,12 @@
 """The study: probes find what is there, kept features are the tower's, a run comes out twice, an interval by hand."""
+import argparse
 import csv
 import math
 import random
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,6 +232,33 @@ def test_the_tables(tmp_path, capsys):
     assert "| ccra | lwca | 1 | 50.0% | -25.0 ± 317" in out and "| 0.0% | 25.0% |" in out
     with pytest.raises(UserError, match="no row 'dci'"):
         study.main(["table", "--results", str(tmp_path / "results.csv"), "--base", "dci"])
+
+
+def test_the_picture():
+    """Blue is what excludes 0; beyond a column's end an interval is an arrow, and nothing is drawn outside."""
+    blue = lambda image: np.asarray(image)[..., 2] > np.asarray(image)[..., 0] + 50.0
+    base = {seed: torch.tensor([0.0, 100.0] * 40) for seed in range(3)}
+    better = {f"better {n}": {seed: x + 60 + seed for seed, x in base.items()} for n in range(4)}
+    rows = {"ccra": base, "same": dict(base), **better}
+    assert not blue(findings.plot({"ccra": base, "same": dict(base)}, "ccra")).any()
+    image = blue(findings.plot(rows, "ccra"))
+    assert [bool(image[76 + 22 * i:76 + 22 * (i + 1)].any()) for i in range(5)] == [False, True, True, True, True]
+    wild = findings.plot(rows | {"wild": {0: base[0] - 900, 1: base[1] + 900, 2: base[2]}}, "ccra")
+    assert wild.height == 76 + 22 * 6 + 20
+    last = np.asarray(wild)[76 + 22 * 5:76 + 22 * 6, :, 0] < 200
+    assert last[:, 133:140].any() and last[:, 340:348].any() and not last[:, 349:352].any()
+
+
+def test_toy_py_study_is_its_three_commands(monkeypatch):
+    said = []
+    monkeypatch.setattr(toy.subprocess, "run", lambda words: said.append(words) or argparse.Namespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["toy.py", "study"])
+    toy.main()
+    assert said == [[sys.executable, str(toy.ROOT / "study.py"), command] for command in ("run", "off", "table")]
+    monkeypatch.setattr(toy.subprocess, "run", lambda words: said.append(words) or argparse.Namespace(returncode=7))
+    with pytest.raises(SystemExit) as stopped:
+        toy.main()
+    assert stopped.value.code == 7 and len(said) == 4                                    # and nothing after it
 
 
 def test_the_papers_figures_are_those_of_docs_study():
