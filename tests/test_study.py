@@ -3,6 +3,7 @@ import argparse
 import csv
 import math
 import random
+import re
 import shutil
 import sys
 
@@ -287,6 +288,17 @@ def test_the_tables_of_docs_study_are_those_of_its_rows(tmp_path):
     (tmp_path / "study.md").write_text(text + "\n| one | more |\n")
     with pytest.raises(UserError, match="has 6 tables .* but 5 are printed"):
         study.main(table)
+
+
+def test_differences_in_words_are_those_of_the_tables(tmp_path, capsys):
+    """`+1.2 ± 3.4` in the words of docs/study.md and README is a cell of what `table` prints from the committed rows."""
+    for file in ("results.csv", "off.csv"):
+        shutil.copy(toy.ROOT / "study" / file, tmp_path)
+    findings.show_tables(tmp_path / "results.csv", "ccra")
+    quoted = re.compile(r"[+-]\d+\.\d ± \d+\.\d")
+    printed = set(quoted.findall(capsys.readouterr().out))
+    for file in ("docs/study.md", "README.md"):
+        assert set(quoted.findall((toy.ROOT / file).read_text())) <= printed, file
 
 
 def test_the_claims(capsys):
