@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from baselines import (DENSE, IGVA, MLVF, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA, LLaVAConfig,
+from core import weights
+from fusers.baselines import (DENSE, IGVA, MLVF, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA, LLaVAConfig,
                        MLVFConfig, MMFuser, MMFuserConfig)
 from clip import FIXED, CLIPVision, CLIPVisionConfig, attention
-from formats import Folder, llava_hf_name
-from linear import Linear
+from core.layouts import Folder, llava_hf_name
+from fast.linear import Linear
 from llama import IGNORE, IMAGE_TOKEN, Llama, LlamaConfig
-from weights import UserError
+from core.weights import UserError
 
 EPS = 1e-5             # of the norms
 LOSS_ROWS = 4096       # supervised positions whose logits exist at once

@@ -15,10 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import weights
-from formats import Folder, tower_name
-from linear import SLOW, Linear
-from weights import UserError
+from core import weights
+from core.layouts import Folder, tower_name
+from fast.linear import SLOW, Linear
+from core.weights import UserError
 
 torch.backends.cudnn.allow_tf32 = False         # else a GPU rounds what `patch_embedding` multiplies, in float32, too
 

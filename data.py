@@ -38,7 +38,7 @@ from torch import Tensor
 
 from clip import open_image, preprocess
 from llama import IGNORE, IMAGE_TOKEN, Tokenizer
-from weights import UserError, run
+from core.weights import UserError, run
 
 SLOT = "<image>"        # how a record's text says where the picture goes; what a user types is never read this way
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -554,7 +554,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, help="draw them at random with this seed (default: the first n)")
     p.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
                    help="colours or brackets (default: colours on a terminal)")
-    import prepare     # which imports this file, as toy does: only for its commands, and only here
+    from training import prepare     # which imports this file, as toy does: only for its commands, and only here
     prepare.add_commands(commands)
     args = parser.parse_args()
     if args.command != "show":
@@ -564,7 +564,7 @@ def main() -> None:
     if args.json is None and args.images is not None:
         raise UserError("--images says where the pictures of a --json FILE are, and there is none")
     if args.json is None:
-        import toy         # which imports this file: only for the records, and only here
+        from toy import world as toy         # which imports this file: only for the records, and only here
         stage = 1 if args.template == "plain" else 2
         data = toy.ToyScenes(f"train{stage}", 10000, stage, Tokenizer.from_pretrained(args.tokenizer or toy.MODEL))
     elif args.tokenizer is None:

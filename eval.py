@@ -30,8 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import errors
-import submit
+from core import common as errors
+from benchmarks import submit
 
 if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
     sys.exit(errors.run(submit.main))          # here, since a score needs nothing of what follows, which takes seconds
@@ -40,18 +40,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import benchmarks
-import metrics
-import parallel
-import tables
-import toy
-from answers import Answer, read_answers, read_json
+from benchmarks import questions as benchmarks
+from benchmarks import table2 as metrics
+from training import parallel
+from benchmarks import table1 as tables
+from toy import world as toy
+from benchmarks.answers import Answer, read_answers, read_json
 from ccra import VLM
 from clip import open_image, preprocess
 from data import SYSTEM, collate, prompt, query_of, split
 from llama import Tokenizer
-from scores import MMMU_SEED, SCORERS, score
-from weights import UserError, pick_device, pick_dtype, run, stored_bytes, stored_files, write_beside
+from benchmarks.scores import MMMU_SEED, SCORERS, score
+from core.weights import UserError, pick_device, pick_dtype, run, stored_bytes, stored_files, write_beside
 
 
 def reply(model: VLM, tokenizer: Tokenizer, rows: list, pixels: list, max_new_tokens: int, device) -> list[str]:

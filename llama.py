@@ -26,10 +26,10 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from clip import attention
-from formats import Folder
-from linear import HALF, SUMS, Columns, Int8, Linear, fetch, holds, keep_memory, replace, sums
-from replay import AFTER, Replay
-from weights import UserError, read_config, read_json, save, skeleton
+from core.layouts import Folder
+from fast.linear import HALF, SUMS, Columns, Int8, Linear, fetch, holds, keep_memory, replace, sums
+from fast.graph import AFTER, Replay
+from core.weights import UserError, read_config, read_json, save, skeleton
 
 
 # ---------------------------------------------------------------------------------------------------------------------

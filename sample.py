@@ -25,14 +25,14 @@ from pathlib import Path
 
 import torch
 
-import look
-import toy
-import viz
+from viz import maps as look
+from toy import world as toy
+from viz import figures as viz
 from ccra import VLM
 from clip import open_image, preprocess
 from data import collate, prompt, query_of
 from llama import Tokenizer
-from weights import UserError, pick_device, pick_dtype, read_config, run, stored_bytes, write_beside
+from core.weights import UserError, pick_device, pick_dtype, read_config, run, stored_bytes, write_beside
 
 
 def arguments(argv=None):

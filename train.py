@@ -33,20 +33,20 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-import curve
+from training import curve
 import data
-import parallel
-import plan
-import toy
+from training import parallel
+from training import plan
+from toy import world as toy
 from ccra import NAMED, NORMS, ORDERS, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
 from data import GROUPS, order, split
-from formats import Folder
-from linear import keep_memory
+from core.layouts import Folder
+from fast.linear import keep_memory
 from llama import Llama, LlamaConfig, Tokenizer
-from parallel import total
-from prepare import Prepared
-from weights import UserError, autocast_dtype, read_json, run, skeleton, write_beside
+from training.parallel import total
+from training.prepare import Prepared
+from core.weights import UserError, autocast_dtype, read_json, run, skeleton, write_beside
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {

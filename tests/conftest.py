@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-import toy  # noqa: E402
+from toy import world as toy  # noqa: E402
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
 from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 

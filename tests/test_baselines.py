@@ -4,16 +4,16 @@ import math
 import pytest
 import torch
 
-import plan
-import toy
+from training import plan
+from toy import world as toy
 import train
-from baselines import (IGVA, MLVF, MLVF_LAYERS, Deformable, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA,
+from fusers.baselines import (IGVA, MLVF, MLVF_LAYERS, Deformable, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA,
                        LLaVAConfig, MLVFConfig, MMFuser, MMFuserConfig, at)
 from ccra import FUSERS, IMAGE_TOKEN, NAMED, VLM
 from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from conftest import ROOT
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import UserError
+from core.weights import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

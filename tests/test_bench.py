@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import bench
-import toy
+from bench import speed as bench
+from toy import world as toy
 from conftest import ROOT
 from llama import Llama, LlamaConfig
 

@@ -16,19 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-import answers
-import benchmarks
+from benchmarks import answers
+from benchmarks import questions as benchmarks
 import eval as evaluation
-import tables
-import toy
+from benchmarks import table1 as tables
+from toy import world as toy
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision
 from conftest import ROOT
 from data import SYSTEM, prompt
 from llama import Llama, Tokenizer
-from scores import MME_TASKS, SCORERS, score
+from benchmarks.scores import MME_TASKS, SCORERS, score
 from test_scores import fails, write_json, write_lines
-from weights import UserError
+from core.weights import UserError
 
 PARQUET = importlib.util.find_spec("pyarrow") is not None
 TASKS = [task for task in SCORERS if task != "mmmu" or PARQUET]

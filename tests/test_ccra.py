@@ -10,7 +10,7 @@ import ccra
 from ccra import CCRA, IGNORE, IMAGE_TOKEN, VLM, CCRAConfig, moments, smooth, standardise
 from clip import CLIPVision, CLIPVisionConfig
 from llama import Llama, LlamaConfig, pick
-from weights import UserError
+from core.weights import UserError
 
 TINY = CCRAConfig(text_dim=12, vision_dim=10, n_layers=4, d_hidden=6, kernel_size=3)
 ABLATIONS = ({}, {"lpwca": False}, {"lwca": False}, {"pwca": False}, {"smooth": False})

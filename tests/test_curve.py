@@ -4,8 +4,8 @@ import math
 import pytest
 from PIL import Image
 
-import curve
-from weights import UserError
+from training import curve
+from core.weights import UserError
 
 
 def test_smoothing_is_a_weighted_mean():

@@ -21,7 +21,7 @@ import llama
 from clip import preprocess
 from data import IGNORE, IMAGE_TOKEN, SYSTEM, LlavaJson, check, collate, load, problems, prompt, render
 from llama import Tokenizer
-from weights import UserError
+from core.weights import UserError
 
 REAL = os.environ.get("NANOCCRA_LLAMA2_TOKENIZER")
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,

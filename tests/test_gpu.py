@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 import data
 import eval as exams
 import llama
-import toy
+from toy import world as toy
 import train
 from ccra import NAMED, VLM
 from clip import CLIPVision, CLIPVisionConfig, attention

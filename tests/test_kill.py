@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from big import family
+from bench.big import family
 from conftest import ROOT
 
 KILLS = int(os.environ.get("NANOCCRA_KILLS", 2))
@@ -30,7 +30,8 @@ RUNS = [("2", 1, "none")] if KILLS <= 2 else [(stage, size, how) for stage in "1
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import parallel, train
+import train
+from training import parallel
 
 def slowly(tensors, path, save=parallel.save_file, **more):
     save(tensors, path, **more)

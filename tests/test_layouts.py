@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import formats
-import make_llava
+from core import layouts as formats
+from bench import make_llava
 import sample
-import toy
+from toy import world as toy
 import train
-import weights
-from baselines import LLaVA, LLaVAConfig
+from core import weights
+from fusers.baselines import LLaVA, LLaVAConfig
 from ccra import IMAGE_TOKEN, VLM, CCRAConfig
 from clip import CLIP, CLIPVision, CLIPVisionConfig
 from conftest import ROOT
-from formats import Folder
+from core.layouts import Folder
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import Tensors, UserError
+from core.weights import Tensors, UserError
 
 transformers = pytest.importorskip("transformers")
 V = 90                                             # of the language model; with <image>, <pad> and padding: 128

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import linear
-import toy
+from fast import linear
+from toy import world as toy
 from ccra import VLM
 from conftest import ROOT
-from linear import Columns, Int8, Linear, blocks, forget
+from fast.linear import Columns, Int8, Linear, blocks, forget
 from llama import Llama, LlamaConfig
-from weights import UserError
+from core.weights import UserError
 
 HALF = [torch.bfloat16, torch.float16]
 EPS = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 2 ** -20}       # half a unit in the last place

@@ -19,8 +19,8 @@ import torch
 
 import llama
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
-from replay import Replay
-from weights import Tensors, UserError, save
+from fast.graph import Replay
+from core.weights import Tensors, UserError, save
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
                    rms_norm_eps=1e-5)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import eval as evaluation
-import metrics
-import toy
+from benchmarks import table2 as metrics
+from toy import world as toy
 from ccra import CCRA, VLM, CCRAConfig
-from errors import UserError
+from core.common import UserError
 
 B, T, L, grid, d, D = 3, 5, 4, 3, 8, 6
 N = grid * grid

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
+from training import plan
 import train
 from ccra import VLM
 from conftest import ROOT
 from llama import IGNORE, IMAGE_TOKEN
-from weights import UserError
+from core.weights import UserError
 
 
 def test_flops_are_those_that_torch_counts(towers, tmp_path):

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
-import prepare
-import toy
+from training import prepare
+from toy import world as toy
 import train
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision, CLIPVisionConfig, open_image
 from conftest import ROOT
 from data import IGNORE, IMAGE_TOKEN
 from llama import Llama, LlamaConfig, Tokenizer
-from prepare import Prepared
-from weights import UserError
+from training.prepare import Prepared
+from core.weights import UserError
 
 LLM = toy.MODEL
 
@@ -324,7 +324,8 @@ def test_an_interrupted_run_leaves_nothing(world, monkeypatch):
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data, prepare
+import data
+from training import prepare
 stream = data.stream
 data.stream = lambda *args: (time.sleep(0.1) or record for record in stream(*args))
 prepare.CHUNK = 1

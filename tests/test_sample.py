@@ -9,12 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import toy
+from toy import world as toy
 from ccra import VLM
 from conftest import ROOT
 from data import prompt
 from llama import Tokenizer
-from weights import Tensors
+from core.weights import Tensors
 
 SCENE = ROOT / "assets" / "scene.png"
 

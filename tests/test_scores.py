@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import answers
-import scores
-import submit
-from errors import UserError
-from scores import score
+from benchmarks import answers
+from benchmarks import scores
+from benchmarks import submit
+from core.common import UserError
+from benchmarks.scores import score
 
 ROOT = Path(scores.__file__).parent
 

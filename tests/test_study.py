@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import findings
-import probes
-import study
-import toy
+from study import findings
+from study import probes
+from study import runs as study
+from toy import world as toy
 from ccra import CCRA, CCRAConfig
 from clip import CLIPVision
 from llama import Llama, Tokenizer
-from towers import clip_config, llama_config
-from weights import UserError, autocast_dtype
+from toy.towers import clip_config, llama_config
+from core.weights import UserError, autocast_dtype
 
 
 def test_a_probe_finds_what_was_put_there_and_nothing_else():

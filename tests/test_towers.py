@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-import towers
-import toy
+from toy import towers
+from toy import world as toy
 
 
 def test_regions_cover_boxes():

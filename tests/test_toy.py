@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 from PIL import Image, ImageChops
 
-import toy
+from toy import world as toy
 from llama import Tokenizer
-from towers import sibling
+from toy.towers import sibling
 
 
 def test_a_scene_is_a_function_of_its_key():

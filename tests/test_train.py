@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import data
-import parallel
-import toy
+from training import parallel
+from toy import world as toy
 import train
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision
 from conftest import ROOT
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import UserError
+from core.weights import UserError
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-import look
+from viz import maps as look
 import sample
-import toy
-import viz
+from toy import world as toy
+from viz import figures as viz
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision, expand_to_square, preprocess
 from conftest import ROOT
 from data import collate, prompt, query_of
-from linear import Columns
+from fast.linear import Columns
 from llama import Llama, LlamaConfig, Tokenizer
-from weights import UserError
+from core.weights import UserError
 
 SCENE = ROOT / "assets" / "scene.png"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,7 +193,7 @@ def test_the_layers_scores_come_apart_into_patches(towers, tokenizer, changes):
 
 def test_a_model_without_maps(towers, tokenizer):
     """Plain LLaVA weighs nothing: the picture and the language model's attention are left."""
-    from baselines import LLaVAConfig
+    from fusers.baselines import LLaVAConfig
     model = VLM.build(CLIPVision.from_pretrained(towers / "clip"), Llama.from_pretrained(towers / "llama"),
                       LLaVAConfig(16, 3)).eval()
     sight = look.ask(model, tokenizer, scene(), "Is there a cat?", max_new_tokens=2, name="LLaVA")

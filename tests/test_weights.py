@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import weights
-from weights import INDEX, SINGLE, Tensors, UserError, load, read_config, save
+from core import weights
+from core.weights import INDEX, SINGLE, Tensors, UserError, load, read_config, save
 
 
 class Net(nn.Module):

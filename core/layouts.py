@@ -1,0 +1,352 @@
+"""The layouts of public models: what a folder holds, told from its config and its tensors, never from its own name.
+
+    layout        told by                           holds                    for example
+    nanoccra      model_type nanoccra               vision fuser projector   what train.py writes
+                                                    llm
+    clip          model_type clip                   vision, CLIP's text      openai/clip-vit-large-patch14-336
+    clip_vision_  model_type clip_vision_model      vision
+      model
+    llama         model_type llama                  llm                      lmsys/vicuna-7b-v1.5, SmolLM2, Llama-3.2-1B
+    meta          params.json, no config.json       llm                      Meta's own downloads: consolidated.00.pth
+    llava_hf      model_type llava, text_config     vision projector llm     llava-hf/llava-1.5-7b-hf
+                  or vision_config
+    llava         model_type llava or llava_llama,  projector llm            liuhaotian/llava-v1.5-7b
+                  mm_projector_type
+
+Two translations bring all of them to one form. The config of each part becomes the public config that clip.py and
+llama.py read (`Folder.parts`); the name of each tensor becomes its place in our modules (`Folder.rename`), so that
+`weights.load` can do the rest, which is strict. What a config says and this project doesn't implement is a UserError.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core import weights
+from core.weights import Tensors, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names. Of a layout's prefixes the longest that fits counts; the name's first word is the part that it belongs to.
+
+CLIP_HEADS = ("visual_projection.", "text_projection.", "logit_scale")
+NAMES = {
+    "nanoccra": {part: part for part in ("vision.", "fuser.", "projector.", "llm.")},
+    "clip": {"vision_model.": "vision.", "text_model.": "text."} | {head: head for head in CLIP_HEADS},
+    "clip_vision_model": {"vision_model.": "vision.", "": "vision."},     # transformers 5 leaves the prefix out
+    "llama": {"model.": "llm.", "lm_head.": "llm.lm_head."},
+    "meta": {"tok_embeddings.": "llm.embed_tokens.", "layers.": "llm.layers.", "norm.": "llm.norm.",
+             "output.": "llm.lm_head."},
+    "llava_hf": {
+        # as on the hub, and as transformers still writes them
+        "language_model.model.": "llm.", "language_model.lm_head.": "llm.lm_head.",
+        "vision_tower.vision_model.": "vision.",
+        "multi_modal_projector.linear_1.": "projector.0.", "multi_modal_projector.linear_2.": "projector.2.",
+        # as they are in memory since transformers 4.52
+        "model.language_model.": "llm.", "lm_head.": "llm.lm_head.", "model.vision_tower.vision_model.": "vision.",
+        "model.multi_modal_projector.linear_1.": "projector.0.",
+        "model.multi_modal_projector.linear_2.": "projector.2.",
+        # and flattened, by transformers 5
+        "vision_tower.": "vision.", "model.vision_tower.": "vision."},
+    "llava": {"model.": "llm.", "lm_head.": "llm.lm_head.", "model.mm_projector.": "projector.",
+              "model.vision_tower.vision_tower.vision_model.": "vision."},        # the last in some fine-tunes only
+}
+# Further in: a tower of CLIP has its layers and embeddings one level down; Meta calls a block's matrices by numbers.
+TOWER = {"encoder.": "", "embeddings.position_embedding.weight": "position_embedding", "embeddings.": ""}
+META = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# Numbers that follow from the config and that some files hold all the same.
+BUFFERS = ("*.position_ids", "*.rotary_emb.inv_freq", "rope.freqs")
+
+
+def tower_name(name: str) -> str:
+    """TOWER backwards: a tensor's name in one of our towers of CLIP -> the public one (without vision_model.)."""
+    if name.startswith("layers."):
+        return f"encoder.{name}"
+    if "_embedding" in name:
+        return f"embeddings.{name}" + (".weight" if name == "position_embedding" else "")
+    return name
+
+
+def llava_hf_name(name: str) -> str:
+    """A tensor's name in a VLM -> the one it has in llava-hf's folders on the hub."""
+    table = {own: public for public, own in reversed(NAMES["llava_hf"].items())}       # the first of several counts
+    prefix = max((prefix for prefix in table if name.startswith(prefix)), key=len)
+    rest = name[len(prefix):]
+    return table[prefix] + (tower_name(rest) if prefix == "vision." else rest)
+
+
+class Folder:
+    """A model's folder, opened: .layout, .config (the file's), .parts (part -> its public config), .tensors."""
+
+    def __init__(self, dir: str | Path):
+        self.dir = Path(dir)
+        self.where, self.pad = f"{self.dir}/config.json", True
+        if (self.dir / "params.json").is_file() and not (self.dir / "config.json").is_file():
+            self.layout, self.config = "meta", weights.read_json(self.dir / "params.json")
+            self.where = f"{self.dir}/params.json"
+            self.tensors = Meta(self.dir, self.config)
+            self.parts = {"llm": self.tensors.llama}
+            return
+        self.config = weights.read_config(self.dir)
+        self.layout = self._told()
+        if self.layout == "llava_hf":
+            self.parts, stored = llava_hf(self.config, self.where)
+            self.tensors = Trimmed(self.dir, stored, self.parts["llm"]["vocab_size"])
+            return
+        self.tensors = Tensors(self.dir)
+        if self.layout == "nanoccra":
+            parts = ("vision", "fuser", "image", "llm")            # "image" is about pictures, and has no tensors
+            self.parts = {part: self.config[part] for part in parts if part in self.config}
+        elif self.layout == "clip":        # old files hold a *_dict too, which transformers obeys
+            self.parts = {part: self.config.get(f"{part}_config_dict") or self.config.get(f"{part}_config") or {}
+                          for part in ("vision", "text")}
+        elif self.layout == "llava":
+            self.parts, self.pad = llava(self.config, self.where)
+        else:
+            self.parts = {"vision" if self.layout == "clip_vision_model" else "llm": self.config}
+
+    def _told(self) -> str:
+        kind = self.config.get("model_type")
+        if kind in ("llava", "llava_llama"):
+            if "mm_projector_type" in self.config:
+                return "llava"
+            if kind == "llava" and ("text_config" in self.config or "vision_config" in self.config):
+                return "llava_hf"
+            raise UserError(f"{self.where}: model_type {kind!r}, but neither mm_projector_type (liuhaotian's layout) "
+                            "nor text_config and vision_config (llava-hf's) are there")
+        if kind in NAMES and kind not in ("meta", "llava_hf"):
+            return kind
+        raise UserError(f"{self.where}: model_type {kind!r} is none of those that can be read (nanoccra, clip, "
+                        "clip_vision_model, llama, llava, llava_llama)")
+
+    def part(self, name: str) -> dict:
+        """The public config of a part. UserError if this folder doesn't hold it."""
+        if name not in self.parts:
+            raise UserError(f"{self.where}: model_type {self.config.get('model_type')!r}, and no {name!r} in this "
+                            f"folder (it has {', '.join(self.parts)})")
+        if not isinstance(self.parts[name], dict):
+            raise UserError(f"{self.where}: {name!r} should be a JSON object, not {self.parts[name]!r}")
+        return self.parts[name]
+
+    def rename(self, public: str) -> str | None:
+        """A tensor's public name -> its name in a module that holds all the parts, such as "llm.norm.weight"."""
+        table = NAMES[self.layout]
+        prefix = max((prefix for prefix in table if public.startswith(prefix)), key=len, default=None)
+        if prefix is None:
+            return None
+        name = table[prefix] + public[len(prefix):]
+        part, _, rest = name.partition(".")
+        if part in ("vision", "text") and self.layout != "nanoccra":
+            inner = next((inner for inner in TOWER if rest.startswith(inner)), None)
+            return name if inner is None else f"{part}.{TOWER[inner]}{rest[len(inner):]}"
+        if self.layout == "meta":
+            for theirs, ours in META.items():
+                name = name.replace(f".{theirs}.", f".{ours}.")
+        return name
+
+    def holds(self, part: str) -> bool:
+        """Whether any tensor belongs to this part."""
+        return any((self.rename(public) or "").startswith(part + ".") for public in self.tensors)
+
+    def fill(self, module: nn.Module, part: str | None = None, dtype=None, device=None) -> nn.Module:
+        """`weights.load` a part into the module that it is, or everything into one that has the parts as attributes."""
+        unneeded = [*BUFFERS, *self._spare_head()]
+        if part is None:
+            return weights.load(module, self.tensors, self.rename, tuple(unneeded), dtype, device)
+        unneeded += [f"{public}*" for public, own in NAMES[self.layout].items() if not own.startswith(part + ".")]
+
+        def rename(public: str) -> str | None:
+            name = self.rename(public)
+            return name.removeprefix(part + ".") if name and name.startswith(part + ".") else None
+
+        return weights.load(module, self.tensors, rename, tuple(unneeded), dtype, device)
+
+    def _spare_head(self) -> list[str]:
+        """Where the output matrix is the embedding (tied), some files hold it twice. A true copy is spare."""
+        llm = self.parts.get("llm")
+        if not isinstance(llm, dict) or not llm.get("tie_word_embeddings"):
+            return []
+        names = {self.rename(public): public for public in self.tensors}
+        head, embed = names.get("llm.lm_head.weight"), names.get("llm.embed_tokens.weight")
+        if head and embed and not torch.equal(self.tensors[head], self.tensors[embed]):
+            raise UserError(f"{self.tensors.file(head)}: {head} differs from {embed}, but config.json's "
+                            "tie_word_embeddings says they are one")
+        return [head] if head and embed else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA-1.5, twice
+
+# What LLaVA-1.5 is, in the words of either layout. None stands where transformers, or LLaVA, takes that for granted.
+LLAVA_HF = {"vision_feature_layer": (-2, None), "vision_feature_select_strategy": ("default", None),
+            "projector_hidden_act": ("gelu", None), "multimodal_projector_bias": (True, None),
+            "quantization_config": (None,)}
+LLAVA = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_layer": (-2,),
+         "mm_vision_select_feature": ("patch", None), "mm_use_im_start_end": (False, None),
+         "mm_use_im_patch_token": (False,), "mm_patch_merge_type": ("flat", None),
+         "image_aspect_ratio": ("pad", "square", None)}
+# llava-hf's config.json leaves out what is as in transformers' LlamaConfig, which is LLaMA-7B. (What is left out of a
+# vision_config is as in CLIPVisionConfig: clip.py knows. All of it is as here.)
+LLAMA_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32}
+CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 336, "patch_size": 14}
+
+
+def require(config: dict, where: str, table: dict[str, tuple]) -> None:
+    for key, fine in table.items():
+        if config.get(key) not in fine:
+            raise UserError(f"{where}: {key} is {config.get(key)!r}; only LLaVA-1.5's {fine[0]!r} is implemented")
+
+
+def llava_hf(config: dict, where: str) -> tuple[dict[str, dict], int]:
+    """(parts, rows of the vocabulary as stored) of a llava-hf config.
+
+    Its vocabulary has 64 rows more than Vicuna's: <image>, <pad>, and padding to a multiple of 64. We need neither: the
+    picture's place is IMAGE_TOKEN, and padding is masked. The image token is the first of them: its id is how many to
+    keep.
+    """
+    require(config, where, LLAVA_HF)
+    text, vision = config.get("text_config"), config.get("vision_config")
+    text, vision = {} if text is None else text, CLIP_L_336 if vision is None else vision
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UserError(f"{where}: text_config and vision_config should be JSON objects")
+    require(vision, f"{where}: vision_config", {"model_type": ("clip_vision_model", None)})
+    text = {**LLAMA_7B, **text}
+    stored, image = text["vocab_size"], config.get("image_token_index", config.get("image_token_id"))
+    if type(image) is not int or type(stored) is not int or not 0 <= stored - image <= 65 or image < 1:
+        raise UserError(f"{where}: image_token_index is {image!r}; it should be the first of the at most 65 tokens "
+                        f"that LLaVA added at the end of a vocabulary of {stored!r}")
+    text |= {"vocab_size": image,
+             "tie_word_embeddings": bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))}
+    return {"vision": vision, "projector": {}, "llm": text}, stored
+
+
+class Trimmed(Tensors):
+    """llava-hf's tensors without the tokens that were added to the vocabulary: the first `keep` of `stored` rows."""
+
+    def __init__(self, dir: Path, stored: int, keep: int):
+        super().__init__(dir)
+        self.stored, self.keep = stored, keep
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = super().__getitem__(name)
+        vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight")) and len(tensor) == self.stored
+        return tensor[:self.keep] if vocabulary else tensor
+
+
+def llava(config: dict, where: str) -> tuple[dict[str, dict], bool]:
+    """(parts, whether pictures are padded) of a liuhaotian config: a Llama's, and beside it mm_* keys. No vision tower:
+    mm_vision_tower names the CLIP that belongs to it."""
+    require(config, where, LLAVA)
+    return {"projector": {}, "llm": {**config, "model_type": "llama"}}, config.get("image_aspect_ratio") == "pad"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta's own files
+
+# How matrices are cut in files for several GPUs: by rows or, where the input is cut, by columns. The rest is whole.
+META_CUTS = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0) | dict.fromkeys(("wo", "w2"), 1)
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """Meta's wq or wk, (heads * hd, D), with the rows of each head in Hugging Face's order.
+
+    RoPE turns pairs of channels: Meta's are neighbours (2j, 2j + 1), Hugging Face's, and llama.py's, (j, j + hd/2).
+    """
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)         # (heads, hd/2, 2, D) on the way
+
+
+class Meta(Tensors):
+    """consolidated.00.pth, .01, ...: every file has every name, and holds a slice of most; `self[name]` is whole.
+
+    .llama: what params.json amounts to as a public Llama config.
+    """
+
+    def __init__(self, dir: Path, params: dict):
+        self.dir, self.params = dir, params
+        self.paths = sorted(dir.glob("consolidated.*.pth"))
+        names = [f"consolidated.{i:02d}.pth" for i in range(len(self.paths) or 1)]
+        for name in names:
+            if dir / name not in self.paths:
+                raise UserError(f"{dir / name}: this file is missing (params.json is Meta's layout, {len(self.paths)} "
+                                "files of which are there)")
+        self.shards = [weights.unpickle(path) for path in self.paths]
+        for path, shard in zip(self.paths, self.shards):
+            for name, tensor in self.shards[0].items():
+                if name not in shard or shard[name].shape != tensor.shape:
+                    raise UserError(f"{path}: {name} should be as in {self.paths[0].name}, {tuple(tensor.shape)}")
+            if unknown := shard.keys() - self.shards[0].keys():
+                raise UserError(f"{path}: holds {min(unknown)}, which {self.paths[0].name} doesn't")
+        self.files = dict.fromkeys(self.shards[0], self.paths[0])
+        self.llama = self._config(f"{dir}/params.json")
+
+    def _config(self, where: str) -> dict:
+        p = self.params
+        for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps"):
+            if type(p.get(key)) not in (int, float) or p[key] <= 0:
+                raise UserError(f"{where}: {key} should be a positive number, not {p.get(key)!r}")
+        for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
+            if name not in self.files:
+                raise UserError(f"{self.paths[0]}: holds no {name}")
+        rows, need = len(self.shards) * len(self.shards[0]["layers.0.attention.wq.weight"]), p["dim"]
+        if rows < need:
+            raise UserError(f"{self.dir}/consolidated.{len(self.shards):02d}.pth: this file is missing (the others "
+                            f"hold {rows} of the {need} rows of layers.0.attention.wq.weight)")
+        inner = int(2 * 4 * p["dim"] / 3)                  # 2/3 of the usual 4 D, since SwiGLU has three matrices
+        if p.get("ffn_dim_multiplier") is not None:
+            inner = int(p["ffn_dim_multiplier"] * inner)
+        embed, head = (name if name in self.files else None for name in ("tok_embeddings.weight", "output.weight"))
+        tied = head is None or (self.shape(head) == self.shape(embed) and all(       # one row is enough to tell most
+            torch.equal(self[head][:n], self[embed][:n]) for n in (1, None)))
+        theta, scaled = p.get("rope_theta", 10000.0), p.get("use_scaled_rope", False)
+        if theta not in (10000.0, 500000.0) or (scaled and theta != 500000.0):
+            raise UserError(f"{where}: rope_theta {theta!r} is neither Llama-2's 10000 nor Llama-3's 500000; get this "
+                            "model in Hugging Face's layout")
+        vocab = p.get("vocab_size", -1)
+        vocab = self.shape(embed)[0] if vocab == -1 else vocab                       # -1: "as the tokenizer says"
+        config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": p["dim"],
+                  "intermediate_size": -(-inner // p["multiple_of"]) * p["multiple_of"],
+                  "num_hidden_layers": p["n_layers"], "num_attention_heads": p["n_heads"],
+                  "num_key_value_heads": p.get("n_kv_heads"), "rms_norm_eps": p["norm_eps"], "rope_theta": theta,
+                  "max_position_embeddings": 4096, "tie_word_embeddings": tied}
+        if theta == 500000.0:                              # control tokens come last; see llama._tiktoken
+            config |= {"max_position_embeddings": 8192, "bos_token_id": vocab - 256,
+                       "eos_token_id": [vocab - 255, vocab - 248, vocab - 247]}
+        if scaled:
+            # params.json says that frequencies are scaled, not by how much: 8 in Llama 3.1 and 3.3, 32 in 3.2. But the
+            # text models of 3.2 (1B, 3B) share embedding and output matrix, and no other Llama does.
+            factor = p.get("rope_scaling_factor", 32 if tied else 8)
+            config |= {"max_position_embeddings": 131072, "rope_scaling": {
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+                "original_max_position_embeddings": 8192}}
+        return config
+
+    def _assemble(self, name: str, slices: list[Tensor]) -> Tensor:
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        cut = META_CUTS.get(kind)
+        if kind == "tok_embeddings":               # Llama 2 cuts it by columns, Llama 3 by rows
+            cut = 0 if slices[0].shape[-1] == self.params["dim"] else 1
+        whole = slices[0] if len(slices) == 1 or cut is None else torch.cat(slices, cut)
+        heads = {"wq": self.params["n_heads"], "wk": self.params.get("n_kv_heads") or self.params["n_heads"]}.get(kind)
+        fits = heads and whole.ndim == 2 and len(whole) % (2 * heads) == 0       # if not, `load` will say what is wrong
+        return half_split(whole, heads) if fits else whole
+
+    def __getitem__(self, name: str) -> Tensor:
+        slices = [shard[name] for shard in self.shards]
+        whole = self._assemble(name, slices)
+        if whole.data_ptr() != slices[0].data_ptr():
+            self.drop(name)                        # it is a copy now
+        return whole
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._assemble(name, [shard[name].to("meta") for shard in self.shards]).shape)
+
+    def nbytes(self, name: str) -> int:
+        return sum(shard[name].nbytes for shard in self.shards)
+
+    def drop(self, name: str) -> None:
+        for path, shard in zip(self.paths, self.shards):
+            if weights.is_zip(path):
+                weights.drop_pages(shard[name])

@@ -1,0 +1,372 @@
+"""Weights on disk: find them, rename them, check every one of them, put them into a module, write them back.
+
+All models here read and write the public layout: a folder with config.json and safetensors files (older ones: pickles,
+.bin), where each tensor has the name that Hugging Face's transformers gave it. formats.py knows how a public name maps
+to ours (`rename`) and which public tensors are of no use (`unneeded`); everything else is done by `load`, which is
+strict. A tensor that is missing, unknown, twice there or of the wrong shape ends the program with one line that names
+it. A model with one layer left at random looks almost right, and that costs days; an error costs a minute.
+
+Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
+and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
+
+Also here, because every file needs it: the choice of a device.
+"""
+import ctypes
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from core import common as errors
+
+SINGLE = "model.safetensors"               # one file with everything in it, or ...
+INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
+PICKLE = "pytorch_model.bin"               # the same before safetensors, by torch.save
+STORES = ((SINGLE, INDEX), (PICKLE, "pytorch_model.bin.index.json"))
+
+BIG = 1e9              # bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
+
+UserError, run = errors.UserError, errors.run      # from the file on the left: scoring needs them without torch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and number format
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. A device that was asked for by name and isn't there is a UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in there.items() if here))
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not index.isdecimal()):
+        raise UserError(f"no such device: {name!r} (choose auto, cpu, mps, cuda or cuda:N)")
+    if not there[kind] or (index and int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+        raise UserError(f"device {name} is not available here (use --device auto)")
+    return torch.device(name)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere.
+
+    A CPU without AMX or AVX512-BF16 emulates bfloat16 matrix products, tens of times slower than float32.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_dtype(name: str, device: torch.device, nbytes: int) -> torch.dtype | None:
+    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a
+    model below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in ("auto", *named):
+        raise UserError(f"no such number format: {name!r} (choose auto, {', '.join(named)})")
+    return named.get(name, torch.float32 if device.type == "cpu" and nbytes < BIG else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Absent, unreadable, not JSON, not an object or a key given twice: UserError."""
+    def unique(pairs):
+        seen = dict(pairs)
+        if len(seen) < len(pairs):             # json would quietly keep the last one
+            names = [key for key, _ in pairs]
+            raise UserError(f"{path}: {next(key for key in names if names.count(key) > 1)!r} is given twice")
+        return seen
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it ({e.strerror})") from e
+    except ValueError as e:                    # covers JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_config(dir: str | Path) -> dict:
+    """The folder's config.json as a dict. No such folder, no such file, or not a JSON object: UserError."""
+    dir = Path(dir)
+    if not dir.is_dir():
+        raise UserError(f"{dir}: no such folder (models are read from local folders; download it first)")
+    if not (dir / "config.json").is_file():
+        raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
+    return read_json(dir / "config.json")
+
+
+def is_zip(path: Path) -> bool:
+    """What torch.save writes since 1.6 is a zip archive, and can be mapped."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, mapped if the format allows it.
+
+    A pickle is a program. torch.load(weights_only=True) runs none of it but what makes plain data; a file that wants
+    more, is cut short or holds anything but named tensors is a UserError.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except Exception as e:       # on bad bytes it raises UnpicklingError, RuntimeError, EOFError, IndexError and others
+        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        refused = lines[0].startswith("Weights only load failed") and len(lines) > 1       # the reason stands below
+        reason = lines[refused].split(". ")[0].strip()
+        raise UserError(f"{path}: not a complete file of plain tensors ({reason}); download it again, or get its "
+                        "safetensors") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    for name, tensor in content.items():
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and not tensor.is_quantized
+        if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{path}: {name!r} is not a plain tensor ({type(tensor).__name__})")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems than Linux do so
+    when memory runs short.) Never for memory that isn't a file's, and never after writing to it."""
+    if sys.platform == "linux":
+        page = mmap.PAGESIZE
+        start = -(-tensor.data_ptr() // page) * page         # inwards: the outermost pages have other owners, too
+        end = (tensor.data_ptr() + tensor.nbytes) // page * page
+        if end > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+class Tensors(Mapping):
+    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one tensor.
+
+    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither, pytorch_model.bin
+    or its index with shards. Opening checks that every file is complete and that index and shards agree about who
+    holds what, so nothing can go wrong halfway through a load.
+    """
+
+    def __init__(self, dir: str | Path):
+        self.dir = Path(dir)
+        self.handles: dict[Path, safe_open | dict] = {}          # file -> open file
+        self.files: dict[str, Path] = {}                         # tensor -> file that holds it
+        there = [store for store in STORES if any((self.dir / name).is_file() for name in store)]
+        if not there:
+            names = ", ".join(name for store in STORES for name in store)
+            raise UserError(f"{self.dir}: no weights here (looked for {names})")
+        single, index = (self.dir / name for name in there[0])   # the hub often keeps .bin beside safetensors
+        if single.is_file() and index.is_file():
+            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated")
+        table = self._read_index(index) if index.is_file() else None
+        for path in [single] if table is None else sorted(set(table.values())):
+            self._open(path)
+        if table is not None:
+            self._compare(table, index)
+
+    @staticmethod
+    def _read_index(path: Path) -> dict[str, Path]:
+        table = read_json(path).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+            raise UserError(f'{path}: no "weight_map" from tensor names to file names')
+        for name, file in table.items():
+            if Path(file).name != file:                # an index must not reach out of its folder
+                raise UserError(f"{path}: {name} is said to be in {file!r}, which is not a plain file name")
+        return {name: path.parent / file for name, file in table.items()}
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing (the index names it)")
+        if path.suffix == ".bin":
+            self.handles[path] = unpickle(path)
+        else:
+            try:
+                self.handles[path] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as e:    # cut short by a broken download, or not safetensors at all
+                raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy it again") from e
+        for name in self.handles[path].keys():
+            if name in self.files:
+                raise UserError(f"{path}: {name} is also in {self.files[name].name}")
+            self.files[name] = path
+
+    def _compare(self, table: dict[str, Path], index: Path) -> None:
+        for name, path in table.items():
+            if self.files.get(name) != path:
+                raise UserError(f"{index}: says that {name} is in {path.name}, but that file doesn't hold it")
+        for name, path in self.files.items():
+            if name not in table:
+                raise UserError(f"{path}: holds {name}, which {index.name} doesn't list")
+
+    def __getitem__(self, name: str) -> Tensor:
+        handle = self.handles[self.files[name]]
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)     # mapped either way
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name) -> bool:              # Mapping's own would map the tensor
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def nbytes(self, name: str) -> int:
+        return self[name].nbytes
+
+    def file(self, name: str) -> Path:
+        return self.files[name]
+
+    def drop(self, name: str) -> None:
+        """The tensor was read and copied: its pages may go."""
+        if self.file(name).suffix == ".safetensors" or is_zip(self.file(name)):          # so it is mapped
+            drop_pages(self[name])
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()      # not on a Mac
+
+
+def stored_files(dir: str | Path) -> list[Path]:
+    """The files of the folder's weights: those that would be loaded."""
+    return next(filter(None, (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
+
+
+def stored_bytes(dir: str | Path) -> int:
+    return sum(file.stat().st_size for file in stored_files(dir))
+
+
+class _NoNumbers(TorchFunctionMode):
+    """torch.nn.init does nothing: on meta it would import torch's compiler, 1.6 seconds, to draw no numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def skeleton():
+    """`with skeleton():` builds modules for `load` to fill: shapes without memory and without initial values."""
+    with torch.device("meta"), _NoNumbers():
+        yield
+
+
+def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None], unneeded: tuple[str, ...] = (),
+         dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+    """Fill a module that was built under `with skeleton()`, tensor by tensor. Returns it.
+
+    rename: public name -> name in the module, or None for a name it doesn't know.
+    unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
+    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has, and costs no memory).
+    A part of the module that is filled already, so isn't on meta any more, isn't missing.
+    Raises UserError naming tensor and file when something is missing, unknown, twice there or of another shape.
+    """
+    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}                  # a tied weight is one tensor under several names
+    for name, tensor in targets.items():
+        owners.setdefault(id(tensor), []).append(name)
+    plan: dict[str, str] = {}                          # name in the module -> public name
+    unknown, misshapen = [], []
+    for public in tensors:
+        if any(fnmatchcase(public, pattern) for pattern in unneeded):
+            continue
+        name, where = rename(public), tensors.file(public).name
+        if name not in targets:
+            unknown.append(f"{public} in {where}")
+            continue
+        first = owners[id(targets[name])][0]
+        if first in plan:
+            raise UserError(f"{tensors.dir}: {public} in {where} and {plan[first]} in {tensors.file(plan[first]).name} "
+                            f"are both meant for {first}")
+        plan[first] = public
+        if tensors.shape(public) != tuple(targets[name].shape):
+            misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}")
+    missing = [names[0] for names in owners.values() if names[0] not in plan and targets[names[0]].is_meta]
+    faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+              for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)) if names]
+    if faults:
+        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
+
+    total, seen = sum(map(tensors.nbytes, plan.values())), set()
+    # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
+    with tqdm(desc=f"loading {tensors.dir.name}", total=total, unit="B", unit_scale=True, file=sys.stderr,
+              disable=None if total >= BIG else True, leave=False) as bar:
+        for first, public in plan.items():
+            old, stored = targets[first], tensors[public]
+            new = stored.to(device=device, dtype=dtype if stored.is_floating_point() else None).contiguous()
+            if new.data_ptr() != stored.data_ptr():
+                tensors.drop(public)
+            elif new.data_ptr() in seen:               # an old pickle may keep one memory under two names
+                new = new.clone()
+            seen.add(new.data_ptr())
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            for name in owners[id(old)]:
+                path, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(path), leaf, new)
+            bar.update(stored.nbytes)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write NAME.tmp, then rename it to NAME: a reader finds the old file or the new one, whole, even after a crash."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot write it ({e})") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard_bytes: float = 5e9) -> None:
+    """Write the tensors (public names) and config.json to `dir`; in shards, with an index, beyond max_shard_bytes.
+
+    A tied weight goes in once: safetensors refuses two names for one memory. UserError if it can't be written.
+    """
+    dir = Path(dir)
+    if dir.exists() and not dir.is_dir():
+        raise UserError(f"{dir}: is a file, so no model can be saved there")
+    dir.mkdir(parents=True, exist_ok=True)
+    shards, room = [[]], max_shard_bytes
+    for name, tensor in tensors.items():
+        room -= tensor.nbytes
+        if room < 0 and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes - tensor.nbytes
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else \
+            [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(files) > 1:
+        (dir / INDEX).unlink(missing_ok=True)              # a kill shall not leave old and new shards that look whole
+    for file, names in zip(files, shards):
+        content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
+        # transformers wants the format tag; without it, it refuses the file
+        write_beside(dir / file, lambda tmp: save_file(content, tmp, metadata={"format": "pt"}))
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        write_beside(dir / INDEX, lambda tmp: tmp.write_text(json.dumps(index, indent=1) + "\n"))
+    write_beside(dir / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=1) + "\n"))
+    (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)   # the entry point of an earlier save
