@@ -26,14 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core import weights
-from fusers.baselines import (DENSE, IGVA, MLVF, DenseConnector, DenseConnectorConfig, IGVAConfig, LLaVA, LLaVAConfig,
-                       MLVFConfig, MMFuser, MMFuserConfig)
 from clip import FIXED, CLIPVision, CLIPVisionConfig, attention
+from core import common, weights
+from core.common import UserError
 from core.layouts import Folder, llava_hf_name
+from core.tokenizer import IGNORE, IMAGE_TOKEN
 from fast.linear import Linear
-from llama import IGNORE, IMAGE_TOKEN, Llama, LlamaConfig
-from core.weights import UserError
+from fusers.dense_connector import DENSE, DenseConnector, DenseConnectorConfig
+from fusers.igva import IGVA, IGVAConfig
+from fusers.llava import LLaVA, LLaVAConfig
+from fusers.mlvf import MLVF, MLVFConfig
+from fusers.mmfuser import MMFuser, MMFuserConfig
+from llama import Llama, LlamaConfig
 
 EPS = 1e-5             # of the norms
 LOSS_ROWS = 4096       # supervised positions whose logits exist at once
@@ -583,4 +587,4 @@ def read_fuser(folder: Folder):
 def copy_tokenizer(dir: str | Path, file: str | Path | None) -> None:
     target = Path(dir) / Path(file or "").name
     if file is not None and not (target.exists() and target.samefile(file)):
-        weights.write_beside(target, lambda tmp: shutil.copyfile(file, tmp))
+        common.write_beside(target, lambda tmp: shutil.copyfile(file, tmp))

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from core import weights
+from core.common import UserError
 from core.layouts import Folder, tower_name
 from fast.linear import SLOW, Linear
-from core.weights import UserError
 
 torch.backends.cudnn.allow_tf32 = False         # else a GPU rounds what `patch_embedding` multiplies, in float32, too
 

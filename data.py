@@ -23,7 +23,6 @@ import argparse
 import codecs
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -37,17 +36,19 @@ import torch
 from torch import Tensor
 
 from clip import open_image, preprocess
-from llama import IGNORE, IMAGE_TOKEN, Tokenizer
-from core.weights import UserError, run
+from core.common import ROOT, UserError, run
+from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 
 SLOT = "<image>"        # how a record's text says where the picture goes; what a user types is never read this way
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEMPLATES = ("plain", "v1")
+EXAMPLE = ROOT / "assets" / "example"        # records of the toy world, with their pictures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A record, checked
+
 
 def check(record, where: str = "record", template: str = "v1") -> tuple[list[tuple[str, str | None]], int | None]:
     """The turns of a record, [(question, answer)], and which of them holds the picture (None: text only).
@@ -118,8 +119,9 @@ def lacks(turns: list[tuple[str, str | None]], picture: int | None) -> str | Non
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A conversation, written down as tokens
+
 
 @dataclass
 class Sample:
@@ -235,8 +237,9 @@ def start(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A data set
+
 
 @dataclass(eq=False, repr=False)      # neither should walk through 665,298 records
 class LlavaJson:
@@ -448,56 +451,7 @@ def collate(samples: list[dict], pad_id: int = 0) -> dict[str, Tensor]:
     return dict(pixels=pixels, ids=ids, labels=labels, mask=mask, query=query, query_mask=query_mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The order of samples
-
-GROUPS = ("none", "length", "modality-length")
-POOL = 50               # global batches that --group length sorts together
-
-
-def order(n: int, steps: int, batch: int, seed: int, group: str = "none", lengths=None,
-          pictures=None) -> Iterator[list[int]]:
-    """The samples of every step: every sample once an epoch, in an order of its own.
-
-    It is a function of these arguments and of nothing else. So a step's number is enough to go on from there, and the
-    number of processes changes nothing: they share out each global batch (train.pieces).
-
-    none: one permutation; the last batch of an epoch may be short (as LLaVA's is).
-    length: of every 50 batches' samples the longest make one batch, the next another, and so on. lengths: array (n,).
-    modality-length: LLaVA's grouping. A batch is all pictures or all text (pictures: bool array (n,)), but for the
-        last of an epoch, where both kinds' leftovers meet.
-    Both put the longest of a batch first. Processes take every size-th: the samples that they put through the model at
-    the same time are of like length, and if the batch can be shared out evenly, their shares differ in sum by less than
-    its longest sample from its shortest. What that saves: `python data.py padding`.
-    """
-    per_epoch, g = math.ceil(n / batch), torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            batches = epoch(torch.randperm(n, generator=g).tolist(), batch, g, group, lengths, pictures)
-        yield batches[step % per_epoch]
-
-
-def epoch(shuffled: list[int], batch: int, g: torch.Generator, group: str, lengths, pictures) -> list[list[int]]:
-    if group == "none":
-        return split(shuffled, batch)
-    lengths, kinds, pool = lengths.tolist(), [shuffled], POOL * batch
-    if group == "modality-length":
-        kinds, pool = [[i for i in shuffled if pictures[i]], [i for i in shuffled if not pictures[i]]], batch
-    whole, rest = [], []
-    for kind in kinds:
-        end = len(kind) // batch * batch
-        rest += kind[end:]
-        for samples in split(kind[:end], pool):
-            whole += split(sorted(samples, key=lambda i: -lengths[i]), batch)
-    whole = [whole[i] for i in torch.randperm(len(whole), generator=g).tolist()]
-    return whole + [sorted(samples, key=lambda i: -lengths[i]) for samples in split(rest, batch)]
-
-
-def split(rows: list, size: int) -> list[list]:
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Looking at it
 
 COLOURS = dict(answer=("\033[32m", "\033[0m"), query=("\033[4;36m", "\033[0m"), picture=("\033[7m", "\033[0m"))
@@ -554,7 +508,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, help="draw them at random with this seed (default: the first n)")
     p.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
                    help="colours or brackets (default: colours on a terminal)")
-    from training import prepare     # which imports this file, as toy does: only for its commands, and only here
+    from training import prepare  # the one import from the right: for its command alone
     prepare.add_commands(commands)
     args = parser.parse_args()
     if args.command != "show":
@@ -564,9 +518,9 @@ def main() -> None:
     if args.json is None and args.images is not None:
         raise UserError("--images says where the pictures of a --json FILE are, and there is none")
     if args.json is None:
-        from toy import world as toy         # which imports this file: only for the records, and only here
-        stage = 1 if args.template == "plain" else 2
-        data = toy.ToyScenes(f"train{stage}", 10000, stage, Tokenizer.from_pretrained(args.tokenizer or toy.MODEL))
+        file = EXAMPLE / ("stage1.json" if args.template == "plain" else "stage2.json")
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer or ROOT / "assets" / "toy")
+        data = load(file, EXAMPLE, tokenizer, args.template)
     elif args.tokenizer is None:
         raise UserError("data.py show --json needs --tokenizer DIR")
     else:

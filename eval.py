@@ -25,33 +25,31 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
-
-from core import common as errors
-from benchmarks import submit
-
-if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
-    sys.exit(errors.run(submit.main))          # here, since a score needs nothing of what follows, which takes seconds
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import questions as benchmarks
-from benchmarks import table2 as metrics
-from training import parallel
+from benchmarks import submit
 from benchmarks import table1 as tables
-from toy import world as toy
+from benchmarks import table2 as metrics
 from benchmarks.answers import Answer, read_answers, read_json
+from benchmarks.scores import MMMU_SEED, SCORERS, score
 from ccra import VLM
 from clip import open_image, preprocess
-from data import SYSTEM, collate, prompt, query_of, split
-from llama import Tokenizer
-from benchmarks.scores import MMMU_SEED, SCORERS, score
-from core.weights import UserError, pick_device, pick_dtype, run, stored_bytes, stored_files, write_beside
+from core import common, distributed
+from core.common import UserError, run, split, write_beside
+from core.device import pick_device, pick_dtype
+from core.tokenizer import Tokenizer
+from core.weights import stored_bytes, stored_files
+from data import SYSTEM, collate, prompt, query_of
+from toy import exam, questions
+from toy import world as toy
+from toy.exam import score_toy, show
 
 
 def reply(model: VLM, tokenizer: Tokenizer, rows: list, pixels: list, max_new_tokens: int, device) -> list[str]:
@@ -67,8 +65,9 @@ def reply(model: VLM, tokenizer: Tokenizer, rows: list, pixels: list, max_new_to
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The embedded world
+
 
 def answers(model: VLM, tokenizer: Tokenizer, asked, batch: int, max_new_tokens: int, device):
     """Greedy answers, in order, to [(PIL image, turns as for data.prompt)]; prompts of like length share a batch."""
@@ -84,7 +83,7 @@ def answers(model: VLM, tokenizer: Tokenizer, asked, batch: int, max_new_tokens:
 
 
 def sit(model, tokenizer, items, batch, device, grey=False):
-    """A model's answers to the last questions of toy.exam's Items, those before being answered by itself."""
+    """A model's answers to the last questions of exam.exam's Items, those before being answered by itself."""
     image = Image.new("RGB", (toy.SIZE, toy.SIZE), (128, 128, 128))
     images, past = [image if grey else toy.draw(item.scene) for item in items], [[] for _ in items]
     longer = [i for i, item in enumerate(items) if len(item.turns) > 1]
@@ -96,49 +95,9 @@ def sit(model, tokenizer, items, batch, device, grey=False):
     return answers(model, tokenizer, asked, batch, 24, device)
 
 
-def score_toy(items, texts) -> dict:
-    """items: toy.exam's. Accuracy overall, by kind (with its majority rate), by what was held out; what the worst kind
-    took for what, among the questions that didn't ask for a sentence: {right: {said: how often}}."""
-    right = [text == item.turns[-1].answer for text, item in zip(texts, items)]
-
-    def part(those):
-        return dict(accuracy=sum(right[i] for i in those) / len(those), n=len(those)) if those else dict(n=0)
-
-    kinds, numbers = {}, range(len(items))
-    for kind in toy.QUESTIONS:
-        if those := [i for i in numbers if items[i].kind == kind]:
-            commonest = Counter(items[i].turns[-1].short for i in those).most_common(1)[0][1]
-            kinds[kind] = part(those) | dict(majority=commonest / len(those))
-    groups = {f"{known} {name}": part([i for i in numbers if getattr(items[i], "new_" + name) == (known == "new")])
-              for name in ("phrasing", "pair") for known in ("known", "new")}
-    groups["sentences"] = part([i for i in numbers if items[i].turns[-1].answer != items[i].turns[-1].short])
-    worst, confusion = min(kinds, key=lambda kind: kinds[kind]["accuracy"]), {}
-    for text, item in zip(texts, items):
-        if item.kind == worst and item.turns[-1].answer == item.turns[-1].short:
-            confusion.setdefault(item.turns[-1].short, Counter())[text] += 1
-    return dict(accuracy=sum(right) / len(right), n=len(right), kinds=kinds, groups=groups, worst=worst,
-                confusion=confusion)
-
-
-def show(result, grey=None):
-    """score_toy's result as a table; grey: the same for grey pictures."""
-    print(f"{'kind':15} {'n':>5} {'accuracy':>9} {'majority':>9}" + (f" {'grey':>9}" if grey else ""))
-    for kind, row in result["kinds"].items():
-        guessed = f" {grey['kinds'][kind]['accuracy']:9.1%}" if grey else ""
-        print(f"{kind:15} {row['n']:5} {row['accuracy']:9.1%} {row['majority']:9.1%}{guessed}  "
-              + "#" * round(20 * row["accuracy"]))
-    for name, row in {"all": result, **result["groups"]}.items():
-        print(f"{name:15} {row['n']:5} " + (f"{row['accuracy']:9.1%}" if row["n"] else ""))
-    said = sorted({text for row in result["confusion"].values() for text in row})
-    columns = [text for text in said if sum(row[text] for row in result["confusion"].values()) > 1]
-    print(f"\n{result['worst']}: right answers down, given ones across\n{'':13}" + "".join(f"{c:>13}" for c in columns))
-    for name in sorted(result["confusion"]):
-        print(f"{name:13}" + "".join(f"{result['confusion'][name][c] or '.':>13}" for c in columns))
-
-
 def toy_exam(args):
     model, tokenizer, device = load(args)
-    items = toy.exam(args.seed, args.n or 4000)
+    items = exam.exam(args.seed, args.n or 4000)
     texts = sit(model, tokenizer, items, args.batch, device)
     result = score_toy(items, texts)
     grey = score_toy(items, sit(model, tokenizer, items, args.batch, device, grey=True)) if args.grey else None
@@ -150,11 +109,12 @@ def toy_exam(args):
     for text, item in [(t, i) for t, i in zip(texts, items) if t != i.turns[-1].answer][:args.wrong]:
         asked = " / ".join(turn.question for turn in item.turns)
         print(f"{item.scene.key} {item.kind}: {asked} said {text!r}, right {item.turns[-1].answer!r} "
-              f"[{toy.caption(item.scene)}]")
+              f"[{questions.caption(item.scene)}]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The benchmarks
+
 
 def look(image: Path | bytes | Image.Image | None, how: dict):
     """A question's picture as pixels (3, size, size); zeros where there is none."""
@@ -198,14 +158,14 @@ def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, 
     Process r appends to TASK.r.jsonl, a line an answer. A batch of which an answer is missing is asked again, whole, as
     its other rows may change the last digits of an answer's logits.
     """
-    rank, size = parallel.where()
+    rank, size = distributed.where()
     rows = [prompt([(q.text, None)], tokenizer, image=q.image is not None, strip=False) for q in asked]
     length = [len(row.ids) + model.picture_rows * (q.image is not None) for row, q in zip(rows, asked)]
     batches = split(sorted(range(len(asked)), key=lambda i: -length[i]), batch)      # the longest first: it may not fit
     done = {}
     for file in sorted(out.glob(f"{task}.*jsonl")):                  # of any number of processes, and TASK.jsonl
         done |= recorded(file, asked)
-    parallel.wait()                                                  # all have read before anybody writes
+    distributed.wait()                                                  # all have read before anybody writes
     mine = [those for those in batches if not done.keys() >= set(those)][rank::size]
     own = out / f"{task}.{rank}.jsonl"
     if own.exists():
@@ -221,7 +181,7 @@ def answer_all(model, tokenizer, asked: list, out: Path, task: str, batch: int, 
                     file.write(json.dumps(line) + "\n")
                     file.flush()
             bar.update(len(those))
-    parallel.wait()
+    distributed.wait()
     for file in sorted(out.glob(f"{task}.[0-9]*.jsonl")) if rank == 0 else ():
         done |= recorded(file, asked)
     return [done[i] for i in range(len(asked))] if rank == 0 else []
@@ -268,14 +228,14 @@ def settings(args, dtype) -> dict:
 
 def evaluate(args, tasks: list[str]) -> None:
     """Answer and score benchmarks: out/TASK.jsonl, and out/results.json, written anew after every task."""
-    rank, _, device = parallel.join(args.device, args.threads)
+    rank, _, device = distributed.join(args.device, args.threads)
     places = {task: args.annotations or benchmarks.annotations(task, args.data) for task in tasks}
     asked = {task: benchmarks.questions(task, args.data, places[task], args.limit) for task in tasks}
     out = args.out or Path("out/eval") / Path(args.model).resolve().name
     out.mkdir(parents=True, exist_ok=True)
     results, file = {}, out / "results.json"
     if rank == 0:
-        held = parallel.lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
+        held = common.lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
         for task in tasks:
             rehearse(task, places[task], asked[task], args.limit)
     model, tokenizer, device = load(args, device)
@@ -293,7 +253,7 @@ def evaluate(args, tasks: list[str]) -> None:
         lines = answer_all(model, tokenizer, asked[task], out, task, args.batch, device)
         if rank == 0:
             finish(task, places[task], lines, asked[task], out, results, args.limit, time.monotonic() - began)
-    parallel.leave()
+    distributed.leave()
 
 
 def save(out: Path, results: dict) -> None:
@@ -320,14 +280,15 @@ def finish(task, path, lines, asked, out: Path, results: dict, limit: int, secon
     print(f"{task}: {tables.figure(entry)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 2
+
 
 def table2(args, task: str) -> None:
     """Print metrics.py's table for the questions of a task; those before the last one have their right answers."""
     model, tokenizer, device = load(args)
     if task == "toy":
-        items = toy.exam(args.seed, args.n or 500)
+        items = exam.exam(args.seed, args.n or 500)
         turns = [[(turn.question, turn.answer) for turn in item.turns] for item in items]
         images = [toy.draw(item.scene) for item in items]
     else:
@@ -347,8 +308,9 @@ def table2(args, task: str) -> None:
     print(json.dumps(result)) if args.json else metrics.show(result, len(rows), model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
+
 
 def load(args, device=None):
     """(model, tokenizer, device), as the options say."""

@@ -25,14 +25,17 @@ from pathlib import Path
 
 import torch
 
-from viz import maps as look
-from toy import world as toy
-from viz import figures as viz
 from ccra import VLM
 from clip import open_image, preprocess
+from core.common import UserError, read_config, run, write_beside
+from core.device import pick_device, pick_dtype
+from core.tokenizer import Tokenizer
+from core.weights import stored_bytes
 from data import collate, prompt, query_of
-from llama import Tokenizer
-from core.weights import UserError, pick_device, pick_dtype, read_config, run, stored_bytes, write_beside
+from toy import world as toy
+from viz import explorer
+from viz import figures as viz
+from viz import maps as look
 
 
 def arguments(argv=None):
@@ -188,7 +191,7 @@ def chat(asker: Asker, pixels):
 def draw(args, sights):
     """sights: for each model those of all questions."""
     if args.html:
-        page = viz.explorer(sights[0][0])
+        page = explorer.explorer(sights[0][0])
         write_beside(Path(args.html), lambda tmp: tmp.write_text(page, encoding="utf-8"))
     if args.heatmap:
         if args.beside:

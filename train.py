@@ -14,205 +14,44 @@ micro-batches, which gives a token of a short answer more weight.)
 A run that was stopped goes on where it was, bit for bit, when the same command is given again; on another number of
 processes, too, with sums in another order.
 """
-import argparse
-import csv
 import json
 import math
-import os
-import resource
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice, tee
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from training import curve
 import data
-from training import parallel
-from training import plan
-from toy import world as toy
-from ccra import NAMED, NORMS, ORDERS, VLM, outline
+from ccra import NAMED, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
-from data import GROUPS, order, split
+from core import common, distributed
+from core.common import UserError, read_json, run, split, write_beside
+from core.device import autocast_dtype
+from core.distributed import total
 from core.layouts import Folder
-from fast.linear import keep_memory
-from llama import Llama, LlamaConfig, Tokenizer
-from training.parallel import total
-from training.prepare import Prepared
-from core.weights import UserError, autocast_dtype, read_json, run, skeleton, write_beside
+from core.tokenizer import Tokenizer
+from core.weights import skeleton
+from fast.memory import keep_memory
+from llama import Llama, LlamaConfig
+from toy import dataset, exam
+from toy import world as toy
+from training import curve, plan, sharding
+from training.checkpoints import Checkpoints
+from training.log import Log
+from training.options import PAPER_STEPS, TOY_STEPS, arguments, check_places
+from training.order import order
+from training.prepared import Prepared
+from training.stop import Stop
 
-# Table 5 of the paper, and what suits the embedded world's small towers.
-RECIPES = {
-    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),        # 34 GiB (docs/gpu.md); LLaVA's 32 would be 97
-    ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
-    ("toy", 1): dict(batch=32, lr=3e-3),
-    ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
-}
-TOY_STEPS = {1: 300, 2: 6500}
-PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
               num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
-
-# Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place, source)
-HUB = "https://huggingface.co/"
-PLACES = {
-    ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1
-            --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
-            --images data/LLaVA-Pretrain/images
-            of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
-    ("data", 2): ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
-            --json data/llava_v1_5_mix665k.json --images data
-            of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that
-            LLaVA's README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K,
-            vg/VG_100K_2"""),
-    ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
-    ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
-    ("model", 2): ("out/llava/stage1", "train.py --stage 1"),
-}
-
-
-def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: instruction tuning")
-    p.add_argument("--world", choices=("toy", "llava"), help="what to train on (default: llava under torchrun or with "
-                   "--json, else toy)")
-    p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; what "
-                   "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
-    g.add_argument("--json", help="a LLaVA json as it is: for thousands of records, not for hundreds of thousands")
-    g.add_argument("--images", help="the folder that the pictures' paths are relative to (with --data: prepare's)")
-    g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
-                   "modality-length in stage 2, as LLaVA, else none)")
-    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 1, else 4)")
-    g = p.add_argument_group("model")
-    g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
-    g.add_argument("--llm", help="stage 1: folder of the language model")
-    g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
-    g.add_argument("--fuser", choices=NAMED, help="what stands between the towers (README; default: ccra, in stage 2 "
-                   "stage 1's)")
-    g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
-                   help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
-    g.add_argument("--train-vision", action="store_true", help="stage 2: train the vision tower, too (appendix B)")
-    g.add_argument("--query", choices=data.QUERIES, help="the questions of a conversation that CCRA reads the picture "
-                   "with: all (default), those so far (a row for every turn), or the first")
-    g.add_argument("--norm", choices=NORMS, help="LN of eq. 5 and 13 (README; default: joint)")
-    g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
-    g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
-    g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
-    g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: 8 and 16; "
-                   "the embedded world's 32 and 8)")
-    g.add_argument("--lr", type=float, help="peak learning rate: 3%% warm-up, then half a cosine to zero")
-    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
-    g.add_argument("--steps", type=int, help="default: one epoch")
-    g.add_argument("--max-length", type=int, help="tokens of a row, the picture's included (default: 2048; for --plan "
-                   "of stage 1 640, since captions are short)")
-    g.add_argument("--seed", type=int, default=42)
-    g = p.add_argument_group("several processes and large models")
-    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a "
-                   "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
-    g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice parameters between forward "
-                   "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
-    g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy of the model "
-                   "(default: those of one machine; further machines hold copies: HSDP)")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="forget what happens inside of a block "
-                   "and compute it again in the backward (default: with fsdp)")
-    g.add_argument("--compile", action="store_true", help="torch.compile for every block")
-    g = p.add_argument_group("while it runs")
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
-    g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
-    g.add_argument("--ask-every", type=int, default=0, metavar="N", help="every N steps, answers to a few held-out "
-                   "questions of the embedded world")
-    g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
-    g = p.add_argument_group("planning")
-    g.add_argument("--plan", action="store_true", help="print what training will take, and end")
-    g.add_argument("--gpus", type=int, default=8, help="how many")
-    g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
-    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached "
-                   "(docs/gpu.md: 38 to 43%%)")
-    return complete(p.parse_args(argv))
-
-
-def complete(args):
-    """Defaults that depend on other arguments, and what doesn't go together."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    given = args.json or args.data
-    check_numbers(args)
-    args.world = args.world or ("llava" if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
-    if args.json and args.data:
-        raise UserError("--json and --data are two ways to say what to train on: give one")
-    if args.world == "toy" and given:
-        raise UserError(f"{given} is data of its own: leave --world toy out")
-    if args.world == "toy" and args.plan:
-        raise UserError("--plan is about LLaVA's data and sizes like it: leave --world toy out")
-    for (flag, stage), (place, _) in PLACES.items() if args.world == "llava" else ():
-        if stage == args.stage and getattr(args, flag) is None and not (flag == "data" and args.json):
-            setattr(args, flag, place)
-    args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
-    if args.group != "none" and not args.data:
-        raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
-    if args.images and not (args.json or args.data):
-        raise UserError("--images belongs to --json or --data")
-    if args.stage == 1 and args.model:
-        raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")
-    if args.stage == 2 and (args.vision or args.llm):
-        raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
-    if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
-        raise UserError(f"--norm, --order and --off belong to CCRA, not to --fuser {args.fuser}")
-    args.mode = args.stage1_ccra if args.stage == 1 else "on"
-    if args.train_vision and args.stage == 1:
-        raise UserError("--train-vision belongs to --stage 2")
-    if args.parallel is None:
-        args.parallel = "none" if processes == 1 and not args.plan else "ddp" if args.stage == 1 else "fsdp"
-    if args.parallel == "none" and processes > 1:
-        raise UserError(f"--parallel none doesn't go with {processes} processes")
-    if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
-        raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
-    if args.wandb and not find_spec("wandb"):
-        raise UserError("--wandb needs `pip install wandb`")
-    args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
-    args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
-    recipe = RECIPES[args.world, args.stage]
-    args.batch = args.batch or recipe["batch"]
-    args.lr = args.lr or recipe["lr"]
-    args.micro = args.micro or recipe.get("micro", args.batch)
-    args.workers = (1 if args.world == "toy" else 4) if args.workers is None else args.workers
-    args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
-    return args
-
-
-def check_numbers(args):
-    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1, stop_after=0, ask_every=0,
-                 threads=0, workers=0, shard_size=0)
-    for name, low in least.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
-    if args.lr is not None and args.lr <= 0 or not 0 <= args.warmup <= 1 or args.mfu <= 0:
-        raise UserError("--lr and --mfu should be above 0, --warmup a share from 0 to 1")
-
-
-def check_places(args):
-    """UserError with everything that is missing, where it was looked for and where to get it, before work starts."""
-    if args.world == "toy":
-        return
-    missing = [(flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
-               if stage == args.stage and getattr(args, flag) and not Path(getattr(args, flag)).exists()]
-    if missing:
-        lines = [f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
-        raise UserError("\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] + lines
-                                  + ["For the embedded world, which needs nothing: --world toy"]))
 
 
 def get_lr(step, steps, peak, warmup):
@@ -387,7 +226,7 @@ def train_step(model, batches, device, dtype, mode="on", counting=None):
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         # DDP averages gradients over processes at the end of a backward; earlier micro-batches only add to theirs.
         # FSDP sums them every time: to put it off, each process would have to keep whole gradients.
-        ddp = isinstance(model, parallel.DistributedDataParallel)
+        ddp = isinstance(model, DistributedDataParallel)
         with model.no_sync() if ddp and i < len(batches) else nullcontext():
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(**batch, mode=mode) / max(1, supervised)
@@ -418,7 +257,7 @@ def open_dataset(args, tokenizer, size, say):
     if args.json:
         return data.load(args.json, args.images, tokenizer, template, size, say=say)
     n = (args.steps or TOY_STEPS[args.stage]) * args.batch
-    return toy.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
+    return dataset.ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
 
 
 def describe(args, model, trained, course, start, size, device, dtype):
@@ -436,7 +275,7 @@ def say_answers(model, tokenizer, device, dtype, mode, step, n=4):
     """Answers to the first questions of the embedded world's exam, as the model is trained (dtype, mode). Forward
     passes alone, without a cache, since every process has to take part in each pass of a sharded model; all compute
     the same."""
-    for item in toy.exam(0, n):
+    for item in exam.exam(0, n):
         row = data.prompt([(turn.question, turn.answer) for turn in item.turns[:-1]]
                           + [(item.turns[-1].question, None)], tokenizer)
         size = model.vision.config.image_size if hasattr(model, "vision") else model.module.vision.config.image_size
@@ -451,7 +290,7 @@ def say_answers(model, tokenizer, device, dtype, mode, step, n=4):
         end = next((i for i, token in enumerate(said) if token in tokenizer.eos_ids), len(said))
         last = item.turns[-1]
         yield f"  step {step}: {last.question} {tokenizer.decode(said[:end])!r}, right {last.answer!r}"
-    parallel.sliced_again(model)
+    sharding.sliced_again(model)
 
 
 def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, rank, size, device, dtype):
@@ -459,7 +298,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
     if 0 < args.stop_after <= start:
         return False
     keep_memory(device)
-    steps, vlm, stop = course["steps"], getattr(model, "module", model), parallel.Stop()
+    steps, vlm, stop = course["steps"], getattr(model, "module", model), Stop()
     picture_rows = vlm.picture_rows
     max_length = min(args.max_length, vlm.llm.config.max_position_embeddings)
     if max_length <= picture_rows:
@@ -473,10 +312,10 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
     batches = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=(piece for _, mine, _ in ahead for piece in mine), num_workers=args.workers,
         prefetch_factor=max(2, math.ceil(of_a_step / args.workers)) if args.workers else None,
-        worker_init_fn=parallel.Stop.in_reader,
+        worker_init_fn=Stop.in_reader,
         generator=torch.Generator(),                     # else it would draw from the one that a checkpoint holds
         collate_fn=partial(collate, query=vlm.query, max_length=max_length, picture_rows=picture_rows)))
-    checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
     log, spoilt = Log(args, start, steps) if rank == 0 else None, 0
     cost = lambda lengths, supervised: plan.flops(vlm, lengths, supervised, args.train_vision, args.stage == 2)
     for step, (rows, mine, counting) in enumerate(todo, start):
@@ -491,7 +330,7 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
         work = cost(lengths, sum(int((b["labels"] != data.IGNORE).sum()) for b in taken))
         loss, tokens, work, asked = total(loss, sum(int(b["mask"].sum()) for b in taken), work, float(stop.asked),
                                           device=device)
-        norm = float(parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()
+        norm = float(sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()
                                                                   if p.grad is not None])))
         if math.isfinite(loss) and math.isfinite(norm):               # the same on all processes
             optimizer.step()
@@ -519,44 +358,6 @@ def loop(args, model, trained, optimizer, dataset, tokenizer, course, start, ran
         if ends:
             return False
     return True
-
-
-COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "data_wait", "peak_gib")
-
-
-class Log:
-    """One line a step on stdout, and the same in log.csv, which a resumed run continues. curve.py draws it."""
-
-    def __init__(self, args, start, steps):
-        path = args.out / "log.csv"
-        before = path.read_text().splitlines() if start and path.exists() else []
-        # what an interrupted run logged after its last checkpoint is done again
-        rows = [line for line in before if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= start]
-        write_beside(path, lambda tmp: tmp.write_text("\n".join([",".join(COLUMNS), *rows, ""])))
-        self.file, self.start, self.steps, self.began = open(path, "a", newline=""), start, steps, time.perf_counter()
-        self.csv, self.wandb = csv.writer(self.file, lineterminator="\n"), None
-        if args.wandb:
-            import wandb
-            self.wandb = wandb.init(project="nanoccra", dir=args.out, config={k: str(v) for k, v in vars(args).items()})
-
-    def row(self, step, loss, lr, norm, tokens, samples, seconds, waited, work, device):
-        """work: FLOPs of one process; MFU is its share of the device's peak, where that is known."""
-        if device.type == "cuda":
-            peak, most = plan.peak_flops(torch.cuda.get_device_name(device)), torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak, most = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
-        left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step) / 60
-        values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
-                  f"{samples / seconds:.2f}", mfu, f"{100 * waited / seconds:.1f}", f"{most / 2 ** 30:.2f}")
-        print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
-              f"{tokens / seconds:,.0f} tokens/s {samples / seconds:.1f} samples/s mfu {mfu}% data {values[7]}% "
-              f"peak {values[8]} GiB eta {left:.1f} min", flush=True)
-        self.csv.writerow(values)
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: float(v) for k, v in zip(COLUMNS[1:], values[1:]) if v != "-"}, step=step)
 
 
 def sketch(args):
@@ -592,10 +393,10 @@ def write_model(args, model, trained, tokenizer, course, dtype):
     All processes call it; the first one writes. What stage 2 ends with is in dtype. Stage 1 goes on: what it trained is
     in float32, and the rest is written as it was found, since `save_precision` may have rounded it.
     """
-    first, tensors = parallel.where()[0] == 0, {}
+    first, tensors = distributed.where()[0] == 0, {}
     found = dict(build(args)[0].named_parameters()) if first and args.stage == 1 else {}
     for name, p in model.named_parameters():
-        tensor = parallel.whole(p)              # one after the other: a card never holds the whole model
+        tensor = sharding.whole(p)              # one after the other: a card never holds the whole model
         if first and args.stage == 1:
             tensors[name] = tensor.to("cpu", torch.float32) if name in trained else found[name].detach()
         elif first:
@@ -611,7 +412,7 @@ def main(argv=None):
     if args.plan:
         return print(plan.report(args, sketch(args), *epoch(args)))
     check_places(args)
-    rank, size, device = parallel.join(args.device, args.threads)
+    rank, size, device = distributed.join(args.device, args.threads)
     say = partial(print, flush=True) if rank == 0 else (lambda *_: None)
     dtype = autocast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     torch.manual_seed(args.seed)
@@ -620,18 +421,18 @@ def main(argv=None):
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; choose a folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    held = parallel.lock(args.out) if rank == 0 else None
+    held = common.lock(args.out) if rank == 0 else None
     course = settings(args, dataset)
     save_precision(freeze(model, args.stage, args.mode, args.train_vision), model, dtype)
     if args.compile:
         compile_blocks(model)
     if args.recompute:
         recompute(model)
-    mesh = parallel.layout(device, args.shard_size) if args.parallel == "fsdp" else None
-    shared = parallel.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
+    mesh = sharding.layout(device, args.shard_size) if args.parallel == "fsdp" else None
+    shared = sharding.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = adamw(trained, args.lr)
-    checkpoints = parallel.Checkpoints(args.out / "checkpoints", args.keep)
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
     checkpoints.check_room(trained)
     start = checkpoints.load(trained, optimizer, course)
     one, two = total(float(start), float(start) ** 2, device=device)
@@ -646,7 +447,7 @@ def main(argv=None):
         write_model(args, model, trained, tokenizer, course, dtype)
     say(f"model written to {args.out}" if finished else
         f"stopped early, after a checkpoint; the same command{' without --stop-after' * bool(args.stop_after)} goes on")
-    parallel.leave()
+    distributed.leave()
     if held:
         held.close()
 

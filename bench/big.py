@@ -2,7 +2,7 @@
 
     python tests/big.py --llm vicuna-7b-v1.5 --folder /tmp/big --n 665000
 
-The records are invented: LLaVA's sources in their proportions, so many turns, so many words (prepare.MIX). So are the
+The records are invented: LLaVA's sources in their proportions, so many turns, so many words (padding.MIX). So are the
 pictures: 64 JPEGs of 640 x 480, under as many names as LLaVA's have (hard links), each shared by about two records.
 Nothing here is run by pytest.
 """
@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training import prepare  # noqa: E402
 from clip import open_image, preprocess  # noqa: E402
+from training import (
+    padding,
+    prepare,  # noqa: E402
+)
 
 WORDS = ("the of and a to in is you that it he was for on are as with his they at be this have from or one had by word "
          "but not what all were we when your can said there use an each which she do how their if will up other about "
@@ -48,7 +51,7 @@ def records(n, rng, shared=1.8):
 
     A source has 1,000 conversations, again and again. A picture's number is below the source's records / shared.
     """
-    sources = list(prepare.MIX.values())
+    sources = list(padding.MIX.values())
     total = sum(count for _, count, *_ in sources)
     texts = {source: [conversation(rng, source[0] is not None, *source[2:]) for _ in range(1000)] for source in sources}
     for i, source in enumerate(rng.choices(sources, [count for _, count, *_ in sources], k=n)):

@@ -10,17 +10,20 @@ are all --length positions long with the picture, a quarter of them supervised. 
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-import data                                                                          # noqa: E402
-from training import parallel                                                                      # noqa: E402
-from training import plan                                                                          # noqa: E402
-import train                                                                         # noqa: E402
-from data import IGNORE, IMAGE_TOKEN                                                 # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+from core import distributed
+from data import IGNORE, IMAGE_TOKEN
+from training import (
+    options,
+    plan,  # noqa: E402
+    sharding,
+)
 
 
 def planned(args):
@@ -28,7 +31,7 @@ def planned(args):
     train.VICUNA["num_hidden_layers"] = args.layers
     sharing = args.parallel or ("fsdp" if args.stage == 2 else "ddp")
     more = [] if args.recompute is None else ["--recompute" if args.recompute else "--no-recompute"]
-    return train.arguments(["--stage", str(args.stage), "--plan", "--gpus", "1", "--gpu", args.gpu, "--micro",
+    return options.arguments(["--stage", str(args.stage), "--plan", "--gpus", "1", "--gpu", args.gpu, "--micro",
                             str(args.micro), "--max-length", str(args.length), "--parallel", sharing, *more])
 
 
@@ -58,7 +61,7 @@ def main():
     args = p.parse_args()
     a = planned(args)
     kinds = plan.measure(train.sketch(a), a, args.micro)           # before there is a group of processes
-    rank, _, device = parallel.join("cuda")
+    rank, _, device = distributed.join("cuda")
     torch.manual_seed(0)
     recompute, a.recompute = a.recompute, False
     model = train.sketch(a).to_empty(device=device)
@@ -68,8 +71,8 @@ def main():
         train.compile_blocks(model)
     if recompute:
         train.recompute(model)
-    mesh = parallel.layout(device) if a.parallel == "fsdp" else None
-    shared = parallel.share(model, a.parallel, device, torch.bfloat16, False, mesh)
+    mesh = sharding.layout(device) if a.parallel == "fsdp" else None
+    shared = sharding.share(model, a.parallel, device, torch.bfloat16, False, mesh)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = train.adamw(trained, 1e-5)
     made = batch(args, model, device, args.length)
@@ -79,7 +82,7 @@ def main():
     def step():
         tic = time.perf_counter()
         losses.append(train.train_step(shared, [dict(made)], device, torch.bfloat16, a.mode))
-        norm = float(parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()])))
+        norm = float(sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in trained.values()])))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -106,7 +109,7 @@ def main():
                  kinds={k: round(v / 2 ** 30, 2) for k, v in kinds.items()})
     if rank == 0:
         print(json.dumps(found), flush=True)
-    parallel.leave()
+    distributed.leave()
 
 
 if __name__ == "__main__":

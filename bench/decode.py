@@ -5,14 +5,12 @@
 Random weights of Vicuna-7B's shape in bfloat16, a prompt of 627 positions. Answers of several lengths are timed, so
 that what comes once (reading the prompt, recording) falls out of the difference.
 """
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-from llama import Llama, LlamaConfig                                                 # noqa: E402
-from core.weights import skeleton                                                         # noqa: E402
+from core.weights import skeleton
+from llama import Llama, LlamaConfig
 
 
 def main():

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-
-from fusers.baselines import LLaVAConfig                                                    # noqa: E402
-from ccra import VLM                                                                 # noqa: E402
-from clip import CLIPVision, CLIPVisionConfig                                        # noqa: E402
-from core.layouts import llava_hf_name                                                    # noqa: E402
-from llama import Llama, LlamaConfig                                                 # noqa: E402
-from core.weights import INDEX, run, skeleton                                             # noqa: E402
+from ccra import VLM  # noqa: E402
+from clip import CLIPVision, CLIPVisionConfig  # noqa: E402
+from core.common import run
+from core.layouts import llava_hf_name
+from core.weights import INDEX, skeleton
+from fusers.llava import LLaVAConfig
+from llama import Llama, LlamaConfig
 
 DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "float32": (torch.float32, "F32")}
 STORED = 32064                                     # rows of the vocabulary with <image>, <pad> and padding

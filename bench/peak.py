@@ -10,23 +10,25 @@ tests/test_plan.py runs this if NANOCCRA_BIG is set: it takes about 3 GB for eac
 import argparse
 import ctypes
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import clip                                                                          # noqa: E402
-import data                                                                          # noqa: E402
-from fast import linear                                                                        # noqa: E402
-from training import parallel                                                                      # noqa: E402
-from training import plan                                                                          # noqa: E402
-import train                                                                         # noqa: E402
-from ccra import VLM, CCRAConfig                                                     # noqa: E402
-from clip import CLIPVision, CLIPVisionConfig                                        # noqa: E402
-from data import IGNORE, IMAGE_TOKEN                                                 # noqa: E402
-from llama import Llama, LlamaConfig                                                 # noqa: E402
-from core.weights import skeleton                                                         # noqa: E402
+import clip  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+from ccra import VLM, CCRAConfig  # noqa: E402
+from clip import CLIPVision, CLIPVisionConfig  # noqa: E402
+from core import distributed
+from core.weights import skeleton
+from data import IGNORE, IMAGE_TOKEN
+from fast import linear  # noqa: E402
+from llama import Llama, LlamaConfig
+from training import (
+    plan,  # noqa: E402
+    sharding,
+)
 
 
 def build(args):
@@ -52,8 +54,8 @@ def memory(what: str) -> int:
 def steps(model, args, n=2):
     """n training steps on rows of args.max_length positions with a picture, a quarter of which is supervised. From the
     second one on AdamW's moments are there while activations are."""
-    shared = parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad",
-                            parallel.layout(torch.device("cpu")))
+    shared = sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad",
+                            sharding.layout(torch.device("cpu")))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     length, size = args.max_length - model.vision.grid ** 2 + 1, model.vision.config.image_size
@@ -76,7 +78,7 @@ def main():
     p.add_argument("--max-length", type=int, default=512)
     args = p.parse_args()
     clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()        # the ways that a GPU takes, as in plan.measure
-    rank, args.gpus, _ = parallel.join("cpu", threads=1)
+    rank, args.gpus, _ = distributed.join("cpu", threads=1)
     args.parallel = "fsdp"
     before = memory("VmRSS")
     model = build(args).to_empty(device="cpu")
@@ -88,7 +90,7 @@ def main():
     measured = memory("VmHWM") - before
     peaks = [None] * args.gpus
     dist.all_gather_object(peaks, measured)
-    parallel.leave()
+    distributed.leave()
     if rank == 0:
         kinds = plan.measure(build(args), args, args.micro)
         print(json.dumps(dict(predicted=kinds["total"], measured=max(peaks), kinds=kinds, peaks=peaks)))

@@ -27,7 +27,8 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from core.weights import UserError, cores, read_config, run, write_beside
+from core.common import UserError, cores, read_config, run, write_beside
+from toy import exam
 
 DTYPES = ("float32", "bfloat16", "float16")
 APART = 8               # tokens from one look at memory's speed to the next
@@ -96,7 +97,7 @@ def forget_peak(device) -> None:
 
 def the_prompt(args, config) -> list[int]:
     """The ids that both sides get, PICTURE where the picture goes: of a text if there is a tokenizer, else drawn."""
-    from llama import Tokenizer
+    from core.tokenizer import Tokenizer
     llm = config.get("llm") or config.get("text_config") or config
     picture = config["model_type"] != "llama"
     rest = patches(config) if picture else 0                                         # positions of the prompt
@@ -129,7 +130,7 @@ def ours(args, config):
     import torch
     from torch import nn
 
-    from fast.linear import Columns, Int8
+    from fast.packed import Columns, Int8
     dtype = getattr(torch, args.dtype)
     ids = torch.tensor([the_prompt(args, config)], device=args.device)               # (1, T)
     if config["model_type"] == "llama":
@@ -332,15 +333,16 @@ def cost(args) -> None:
     """int8 against float32, on one model: logits over questions with their answers, accuracy, bytes."""
     import torch
 
-    from toy import world as toy
     from ccra import VLM
-    from data import collate, prompt, query_of
-    from eval import score_toy, sit
     from clip import preprocess
-    from llama import Tokenizer
+    from core.tokenizer import Tokenizer
+    from data import collate, prompt, query_of
+    from eval import sit
+    from toy import world as toy
+    from toy.exam import score_toy
     torch.set_num_threads(args.threads)
     folder = args.model or toy.MODEL
-    tokenizer, items, found = Tokenizer.from_pretrained(folder), toy.exam(0, args.n), {}
+    tokenizer, items, found = Tokenizer.from_pretrained(folder), exam.exam(0, args.n), {}
     for name in ("float32", "int8"):
         model = VLM.from_pretrained(folder, dtype=torch.float32).eval()
         model.llm.pack(int8=True) if name == "int8" else None

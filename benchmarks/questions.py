@@ -16,10 +16,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.answers import (are_texts, expect, expect_rows, listed_in, mmbench_rows, mme_task, read_json, read_lines,
-                     read_parquet)
-from core.common import UserError
+from benchmarks.answers import (
+    are_texts,
+    expect,
+    expect_rows,
+    listed_in,
+    mmbench_rows,
+    mme_task,
+    read_json,
+    read_lines,
+    read_parquet,
+)
 from benchmarks.scores import MME_END, MME_TASKS, POPE_FIRST_ID, mmmu_subject, mmvet_questions
+from core.common import UserError
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

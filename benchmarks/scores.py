@@ -20,8 +20,20 @@ import string
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks.answers import (Answer, absent, are_texts, expect, expect_rows, join, mmbench_rows, mme_task, mmmu_rows, read_json,
-                     read_lines, warn)
+from benchmarks.answers import (
+    Answer,
+    absent,
+    are_texts,
+    expect,
+    expect_rows,
+    join,
+    mmbench_rows,
+    mme_task,
+    mmmu_rows,
+    read_json,
+    read_lines,
+    warn,
+)
 from core.common import UserError
 
 

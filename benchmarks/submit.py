@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.answers import Answer, absent, join, mmbench_rows, read_answers, write
-from core.common import UserError
 from benchmarks.scores import SCORERS, mmvet_questions, score, vizwiz_upload
+from core.common import UserError
 
 
 def submit_mmvet(path: Path, answers: list[Answer], to: Path) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ccra import CCRA, VLM, project
-from core.weights import UserError
+from core.common import UserError
 
 PAPER = {"F_stack": (0.218, 0.731, 0.064, 0.052, 0.173, 0.754, 0.060, 2.41),
          "F_lp": (0.147, 0.812, 0.041, 0.038, 0.119, 0.835, 0.028, 2.95)}

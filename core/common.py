@@ -1,14 +1,26 @@
-"""The error for users, and the entry point that prints it: what every program here needs, with or without torch."""
+"""What every program here needs, with or without torch: the error for users, JSON, atomic writes, locks."""
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                     # Windows has no such locks: there two runs can meet in a folder
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent        # of the repository
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line that names the thing and says what to do."""
+    """Something the user can put right. One line that names the thing and says what to do."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's main(): a UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Run a program's main(). A UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C
+    becomes 130."""
     try:
         main()
     except UserError as e:
@@ -16,3 +28,130 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):             # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def split(rows: list, size: int) -> list[list]:
+    """Pieces of `size`, in order; the last may be shorter."""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+def read_json(path: Path, kind: type = dict, what: str = "", unique: bool = True):
+    """A file's JSON value, of this kind. A byte-order mark is taken.
+
+    what: the file's name for people, for messages. unique: a key that is given twice is an error.
+    UserError if the file is absent, unreadable, not JSON or of another kind.
+    """
+    def once(pairs):
+        seen = dict(pairs)
+        if len(seen) < len(pairs):                   # json would quietly keep the last one
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise UserError(f"{path}: {twice!r} is given twice")
+        return seen
+
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=once if unique else None)
+    except OSError as e:
+        should = f"; it should be {what}" if what else ""
+        raise UserError(f"{path}: cannot read it ({e.strerror}){should}") from e
+    except (ValueError, RecursionError) as e:        # UnicodeDecodeError is a ValueError, too
+        raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(content, kind):
+        should = what or f"a JSON {'object' if kind is dict else 'list'}"
+        raise UserError(f"{path}: expected {should}, found {type(content).__name__}")
+    return content
+
+
+def read_config(dir: str | Path) -> dict:
+    """The config.json of a model's folder. UserError if there is no such folder or file."""
+    dir = Path(dir)
+    if not dir.is_dir():
+        raise UserError(f"{dir}: no such folder (models are read from local folders; download it first)")
+    if not (dir / "config.json").is_file():
+        raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
+    return read_json(dir / "config.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write NAME.tmp, then rename it to NAME: a reader finds the old file or the new one, whole,
+    even after a crash. UserError if it can't be written."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write it ({e.strerror or e})") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, whole or not at all."""
+    write_beside(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Locks
+
+class Lock:
+    """A folder that is this process's alone, by its file .lock: until close(), or until the process
+    ends, however it does. BlockingIOError if another process has it.
+
+    A POSIX record lock. A forked process doesn't inherit it, so readers of pictures that outlive a
+    killed trainer by a moment keep nobody waiting.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = open(folder / ".lock", "a")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:                         # some systems say EACCES instead of EAGAIN
+            self.file.close()
+            raise BlockingIOError from e
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def lock(folder: Path, what: str = "training") -> Lock:
+    """Make this the only program that writes to a folder. UserError if there is another."""
+    try:
+        return Lock(folder)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another {what} writes there; wait for it, stop it, or choose "
+                        "another --out") from None
+
+
+def wait_for(folder: Path) -> Lock:
+    """`lock`, once nobody else has it. The folder is made if it isn't there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            return Lock(folder)
+        except BlockingIOError:
+            time.sleep(0.2)

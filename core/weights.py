@@ -12,9 +12,7 @@ and what is written to it later never reaches the file. So a large model is ther
 Also here, because every file needs it: the choice of a device.
 """
 import ctypes
-import json
 import mmap
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,88 +26,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from core import common as errors
+from core.common import UserError, read_json, write_beside, write_json
+from core.device import BIG
 
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
 PICKLE = "pytorch_model.bin"               # the same before safetensors, by torch.save
 STORES = ((SINGLE, INDEX), (PICKLE, "pytorch_model.bin.index.json"))
-
-BIG = 1e9              # bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
-
-UserError, run = errors.UserError, errors.run      # from the file on the left: scoring needs them without torch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Device and number format
-
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes cuda, then mps, then cpu. A device that was asked for by name and isn't there is a UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, here in there.items() if here))
-    kind, _, index = name.partition(":")
-    if kind not in there or (index and not index.isdecimal()):
-        raise UserError(f"no such device: {name!r} (choose auto, cpu, mps, cuda or cuda:N)")
-    if not there[kind] or (index and int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
-        raise UserError(f"device {name} is not available here (use --device auto)")
-    return torch.device(name)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast, float32 elsewhere.
-
-    A CPU without AMX or AVX512-BF16 emulates bfloat16 matrix products, tens of times slower than float32.
-    """
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-
-def pick_dtype(name: str, device: torch.device, nbytes: int) -> torch.dtype | None:
-    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a
-    model below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in ("auto", *named):
-        raise UserError(f"no such number format: {name!r} (choose auto, {', '.join(named)})")
-    return named.get(name, torch.float32 if device.type == "cpu" and nbytes < BIG else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Absent, unreadable, not JSON, not an object or a key given twice: UserError."""
-    def unique(pairs):
-        seen = dict(pairs)
-        if len(seen) < len(pairs):             # json would quietly keep the last one
-            names = [key for key, _ in pairs]
-            raise UserError(f"{path}: {next(key for key in names if names.count(key) > 1)!r} is given twice")
-        return seen
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as e:
-        raise UserError(f"{path}: cannot read it ({e.strerror})") from e
-    except ValueError as e:                    # covers JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def read_config(dir: str | Path) -> dict:
-    """The folder's config.json as a dict. No such folder, no such file, or not a JSON object: UserError."""
-    dir = Path(dir)
-    if not dir.is_dir():
-        raise UserError(f"{dir}: no such folder (models are read from local folders; download it first)")
-    if not (dir / "config.json").is_file():
-        raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
-    return read_json(dir / "config.json")
 
 
 def is_zip(path: Path) -> bool:
@@ -238,11 +161,6 @@ class Tensors(Mapping):
             drop_pages(self[name])
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()      # not on a Mac
-
-
 def stored_files(dir: str | Path) -> list[Path]:
     """The files of the folder's weights: those that would be loaded."""
     return next(filter(None, (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
@@ -325,19 +243,15 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all. UserError if it can't be written."""
+    def write(tmp):
+        try:
+            save_file(tensors, tmp, metadata=metadata)
+        except SafetensorError as e:         # a full disk, for instance
+            raise OSError(str(e)) from e
 
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write NAME.tmp, then rename it to NAME: a reader finds the old file or the new one, whole, even after a crash."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: cannot write it ({e})") from e
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_beside(path, write)
 
 
 def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard_bytes: float = 5e9) -> None:
@@ -363,10 +277,10 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard
     for file, names in zip(files, shards):
         content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
         # transformers wants the format tag; without it, it refuses the file
-        write_beside(dir / file, lambda tmp: save_file(content, tmp, metadata={"format": "pt"}))
+        write_tensors(dir / file, content, {"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-        write_beside(dir / INDEX, lambda tmp: tmp.write_text(json.dumps(index, indent=1) + "\n"))
-    write_beside(dir / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=1) + "\n"))
+        write_json(dir / INDEX, index)
+    write_json(dir / "config.json", config)
     (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)   # the entry point of an earlier save

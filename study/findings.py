@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from toy import world as toy
-from study.probes import KINDS
 from benchmarks.table1 import COLUMNS, REPORTED
-from core.weights import UserError, write_beside
+from core.common import UserError, write_beside
+from study.probes import KINDS
+from toy import questions
 
 SEEDS, PILOT_SEEDS = 5, (100, 101, 102)
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)           # in markdown
@@ -109,7 +109,7 @@ def paired(a: dict[int, Tensor], b: dict[int, Tensor]) -> Tensor:
 
 def by_kind(Q: int) -> dict[str, list[int]]:
     """{kind: its questions' places in `exam`}, and of all."""
-    old = Q * len(toy.QUESTIONS) // len(KINDS)
+    old = Q * len(questions.QUESTIONS) // len(KINDS)
     kinds = [KINDS[i % 8] if i < old else KINDS[8 + i % 2] for i in range(Q)]
     return {"all": list(range(Q)), **{kind: [i for i in range(Q) if kinds[i] == kind] for kind in KINDS}}
 

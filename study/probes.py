@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from toy import world as toy
 from clip import CLIPVision, preprocess
+from core import common
+from core.device import autocast_dtype
+from toy import exam, questions
+from toy import world as toy
 from toy.towers import regions
-from core.weights import autocast_dtype
 
-KINDS = toy.QUESTIONS + ["tint", "shade"]
-EXAM = 8                                     # toy.exam's seed: not the one that toy.py's model was chosen on
+KINDS = questions.QUESTIONS + ["tint", "shade"]
+EXAM = 8                                     # exam.exam's seed: not the one that toy.py's model was chosen on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: toy.py's, and two kinds of question about the background
@@ -45,12 +47,12 @@ def shade(scene: toy.Scene) -> str:
     return str(1 + sum(sum(ground(scene)) >= edge for edge in (634, 653, 672)))
 
 
-def ask(scene: toy.Scene, kind: str, rng: random.Random) -> toy.Turn | None:
+def ask(scene: toy.Scene, kind: str, rng: random.Random) -> questions.Turn | None:
     """A question of one of the two kinds."""
     answer = tint(scene) if kind == "tint" else shade(scene)
     text = {"tint": ["What color is the picture?", "Which color does the picture have?"],
             "shade": ["What is the number of the picture?", "What number does the picture have?"]}[kind]
-    return answer and toy.Turn(rng.choice(text), answer, answer)
+    return answer and questions.Turn(rng.choice(text), answer, answer)
 
 
 def background(scene: toy.Scene) -> str:
@@ -62,13 +64,13 @@ def background(scene: toy.Scene) -> str:
 def caption(scene: toy.Scene) -> str:
     """toy.caption's, and the background before it: in a place where it's known to come, it is told or missed; after
     things in any order what comes next can't be foreseen, however well the background is seen."""
-    return background(scene) + ", " + toy.caption(scene)
+    return background(scene) + ", " + questions.caption(scene)
 
 
 def conversation(scene: toy.Scene, max_turns=8) -> list[tuple[str, str]]:
     """toy.conversation's questions, printed words more often, with the two kinds before or after; or, in a third of the
     scenes that have one question, one of the two instead."""
-    rng, turns = random.Random("study/" + scene.key), toy.conversation(scene, max_turns, also=["word", "word"])
+    rng, turns = random.Random("study/" + scene.key), questions.conversation(scene, max_turns, also=["word", "word"])
     more = [turn for kind in rng.sample(["tint", "shade"], 2) if (turn := ask(scene, kind, rng))]
     more = [(turn.question, turn.answer) for turn in more]
     if len(turns) == 1:
@@ -84,23 +86,23 @@ def text_rows(tokenizer, step: int, batch=32) -> list[tuple[list, list]]:
     rows = []
     for i in range(batch):
         scene = toy.make_scene(f"study/text/{step}/{i}")
-        grid = [background(scene), toy.grid(scene)][::random.Random(scene.key).choice((1, -1))]
-        seen = [caption(scene), " ".join(grid), *2 * [toy.glimpses(scene, background(scene))]][i % 4]
+        grid = [background(scene), questions.grid(scene)][::random.Random(scene.key).choice((1, -1))]
+        seen = [caption(scene), " ".join(grid), *2 * [questions.glimpses(scene, background(scene))]][i % 4]
         if turns := conversation(scene, 12):
-            record = toy.record([(seen + "\n" + turns[0][0], turns[0][1])] + turns[1:])
+            record = questions.record([(seen + "\n" + turns[0][0], turns[0][1])] + turns[1:])
             sample = data.render(record, tokenizer, "v1")
             rows.append((sample.ids, sample.labels))
     return rows
 
 
-def exam(n: int) -> list[toy.Item]:
-    """n held-out questions, every kind equally often: toy.exam's, then those about backgrounds."""
-    items, i = toy.exam(EXAM, n * len(toy.QUESTIONS) // len(KINDS)), 0
+def exam(n: int) -> list[exam.Item]:
+    """n held-out questions, every kind equally often: exam.exam's, then those about backgrounds."""
+    items, i = exam.exam(EXAM, n * len(questions.QUESTIONS) // len(KINDS)), 0
     while len(items) < n:
         scene = toy.make_scene(f"test-study/{i}")
         kind, i = KINDS[8 + len(items) % 2], i + 1
         if turn := ask(scene, kind, random.Random("exam/" + scene.key)):
-            items.append(toy.Item(scene, kind, [turn], False, False))
+            items.append(exam.Item(scene, kind, [turn], False, False))
     return items
 
 
@@ -147,7 +149,7 @@ OF_SCENES = {
 def gather(tower, split: str, n: int) -> dict[str, tuple[Tensor, list]]:
     """{question: (features (L+1, samples, d), answers; None: not asked)} of n scenes."""
     units, answers = {"thing": [], "patch": [], "picture": []}, {}
-    for rows in data.split(range(n), 100):
+    for rows in common.split(range(n), 100):
         scenes = [toy.make_scene(f"{split}/{i}") for i in rows]
         hidden = states(tower, scenes)[:, :, 1:].float().permute(1, 0, 2, 3)             # (L+1, B, N, d)
         shares = regions(scenes)[0]                                                  # (things, B N)

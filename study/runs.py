@@ -14,8 +14,6 @@ makes of the scenes is computed once (out/study). Every finished run is a row of
 question, so that all tables come from that file; a run that was stopped goes on, and one repeated gives the same row.
 """
 import argparse
-import hashlib
-import math
 import platform
 import shutil
 import subprocess
@@ -27,97 +25,26 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-import data
 import eval as exams
-from training import parallel
-from toy import towers
-from toy import world as toy
 import train
-from ccra import CCRA, NAMED, VLM
+from ccra import CCRA, VLM
 from clip import CLIP, CLIPVision
-from study.findings import PILOT_SEEDS, SEEDS, read, show_tables, write_tables
-from llama import Llama, Tokenizer
-from study.probes import KINDS, caption, conversation, exam, show_probes, states, text_rows
-from core.weights import UserError, autocast_dtype, run, write_beside
+from core import common
+from core.common import UserError, wait_for, write_beside
+from core.device import autocast_dtype
+from core.tokenizer import Tokenizer
+from llama import Llama
+from study.features import Kept, Scenes, digest
+from study.findings import PILOT_SEEDS, SEEDS, read
+from study.probes import KINDS, exam, text_rows
+from study.protocol import KEPT_ROWS, NEUTRAL, ROWS, SWEEPS, arguments_of, plan
+from toy import towers
+from training.checkpoints import Checkpoints
 
-OUT, TOWERS, RESULTS = Path("out/study"), toy.ROOT / "study" / "towers", Path("study/results.csv")
-STEPS, LLAMA_STEPS, QUESTIONS, SWEEP_SEEDS = (900, 600), 400, 5000, 3
-RATES = 1e-2, 2e-3        # of the two stages; with train.py's 3e-3 and 1e-3 seeds differ by 20 points
-
-# name: (train.py's flags, fields of the fuser's configuration that have none)
-ROWS = {name: (f"--fuser {name}", {}) for name in NAMED} | {
-    "decoupled": ("--order decoupled", {}), "shuffled": ("--order shuffled", {}),
-    **{f"without {part}": (f"--off {part}", {}) for part in ("lpwca", "lwca", "pwca", "smooth")},
-    "token": ("--norm token", {}), "stack": ("--norm stack", {}),
-    "token without": ("--norm token --off lpwca pwca", {})}
-SWEEPS = {"stage1 neutral": ("--stage1-ccra neutral", {}), "stage1 on": ("--stage1-ccra on", {}),
-          "query sofar": ("--query sofar", {}), "query first": ("--query first", {}),
-          "anchor -2": ("", dict(anchor_layer=-2)),
-          **{f"d_hidden {n}": ("", dict(d_hidden=n)) for n in (16, 256)},
-          **{f"kernel {n}": ("", dict(kernel_size=n)) for n in (3, 7)}}
-
-KEPT_ROWS = "ccra", "token", "stack"                                    # whose trained models are kept, for `off`,
-NEUTRAL = (), ("lpwca",), ("pwca",), ("lpwca", "pwca"), ("lwca",)       # which makes these parts neutral
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tower's features, once for all runs
-
-class Kept(nn.Module):
-    """In the place of a tower whose states were computed before: what a VLM takes for pixels are those states."""
-
-    def __init__(self, tower: CLIPVision):
-        super().__init__()
-        self.config, self.grid, self.layers = tower.config, tower.grid, nn.ModuleList()
-
-    def forward(self, kept: Tensor, n_layers: int) -> Tensor:
-        """kept (B, L+1, 1+N, d) -> hidden (n_layers+1, B, 1+N, d), no copy."""
-        return kept.transpose(0, 1)[:n_layers + 1]
-
-
-class Scenes(toy.ToyScenes):
-    """toy.ToyScenes with the study's questions, and the tower's states for pixels."""
-
-    def __init__(self, stage: int, n: int, tokenizer, tower: CLIPVision, out: Path, size=toy.SIZE):
-        super().__init__(f"study{stage}", n, stage, tokenizer, size)
-        self.kept, self.samples = features(self, tower, out), {}
-
-    def sample(self, i):                       # each is made once: train.py wants all lengths first
-        if i not in self.samples:
-            self.samples[i] = self._made(i)
-        return self.samples[i]
-
-    def _made(self, i):
-        turns = conversation(self.scene(i)) if self.stage == 2 else []
-        record = toy.record(turns or [("Describe the picture.", caption(self.scene(i)))], image="toy")
-        return data.render(record, self.tokenizer, "plain" if self.stage == 1 else "v1")
-
-    def __getitem__(self, i):
-        return data.item(self.sample(i), self.kept[i])
-
-
-def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
-    """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written where it isn't."""
-    path = out / f"{scenes.split}-{len(scenes)}-{digest(tower)}.bfloat16"
-    shape = len(scenes), len(tower.layers) + 1, tower.grid ** 2 + 1, tower.config.hidden_size
-
-    def write(tmp):
-        with open(tmp, "wb") as file:
-            for rows in tqdm(data.split(range(len(scenes)), batch), desc=str(path), unit="batch", file=sys.stderr):
-                part = states(tower, [scenes.scene(i) for i in rows])
-                file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
-
-    with closing(wait_for(out)):               # another process may be writing it
-        if not path.exists():
-            write_beside(path, write)
-    return torch.from_file(str(path), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What all runs begin with
+
 
 def make_towers(args) -> None:
     """--towers: the CLIP of --source, and its Llama after more text, in which the background is told and asked for,
@@ -134,26 +61,6 @@ def make_towers(args) -> None:
     shutil.copyfile(tokenizer.file, args.towers / "llama" / tokenizer.file.name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-
-def plan() -> list[tuple[str, int]]:
-    """(row, seed) of all runs, seed by seed, so that a study that is cut short has all rows: three seeds of these, then
-    the sweeps, then the other seeds."""
-    seeds = [(name, seed) for seed in range(SEEDS) for name in ROWS]
-    first = SWEEP_SEEDS * len(ROWS)
-    return seeds[:first] + [(name, seed) for seed in range(SWEEP_SEEDS) for name in SWEEPS] + seeds[first:]
-
-
-def arguments_of(name: str, seed: int, stage: int, args) -> argparse.Namespace:
-    """train.py's, of one stage of a run."""
-    flags = (ROWS | SWEEPS)[name][0].split()
-    return train.arguments(["--stage", str(stage), "--seed", str(seed), *flags,
-                            "--steps", str(args.steps[stage - 1]), "--lr", str(RATES[stage - 1]),
-                            "--out", str(args.out / "runs" / f"{name}-{seed}".replace(" ", "-") / f"stage{stage}"),
-                            "--threads", "1", "--workers", "0", "--save-every", "300", "--device", "cpu"])
-
-
 def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VLM:
     """The model that a run begins with: the seed decides the projector's and the fuser's first values."""
     config = replace(train.fuser_config(a, tower.config, llm.config), **(ROWS | SWEEPS)[name][1])
@@ -161,12 +68,6 @@ def build(name: str, a: argparse.Namespace, tower: CLIPVision, llm: Llama) -> VL
     model = VLM.build(tower, llm, config, query=a.query or "all")
     model.vision = Kept(tower)
     return model
-
-
-def digest(*modules: nn.Module, text: str = "") -> str:
-    """Eight letters that tell weights (and a text) from others."""
-    weights = [p.detach().float().numpy().tobytes() for module in modules for p in module.parameters()]
-    return hashlib.sha256(b"".join(weights) + text.encode()).hexdigest()[:8]
 
 
 def kept_projector(model: VLM, course: dict, tower: CLIPVision, out: Path) -> Path | None:
@@ -198,7 +99,7 @@ def train_stage(stage: int, name: str, seed: int, args, tower, before: VLM | Non
         model.projector.load_state_dict(torch.load(kept, weights_only=True))
         return model
     optimizer = train.adamw(trained, a.lr)
-    start = parallel.Checkpoints(a.out / "checkpoints", a.keep).load(trained, optimizer, course)
+    start = Checkpoints(a.out / "checkpoints", a.keep).load(trained, optimizer, course)
     with open(a.out / "steps.txt", "a") as file, redirect_stdout(file):
         done = train.loop(a, model, trained, optimizer, scenes, tokenizer, course, start, 0, 1, cpu, dtype)
     if done and kept:
@@ -252,7 +153,7 @@ def score(texts: list[str], items: list) -> dict:
 @cache
 def commit() -> str:
     """The commit that the code is of, with "+" if it was changed since; as it was when first asked for."""
-    git = lambda *words: subprocess.run(["git", "-C", str(toy.ROOT), *words], capture_output=True, text=True).stdout
+    git = lambda *words: subprocess.run(["git", "-C", str(common.ROOT), *words], capture_output=True, text=True).stdout
     return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
 
 
@@ -262,16 +163,6 @@ def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     name = next((line.split(":")[1] for line in lines if line.startswith("model name")), platform.processor())
     return f"{' '.join(name.split())} {torch.backends.cpu.get_cpu_capability()}".replace(",", "")
-
-
-def wait_for(folder: Path) -> parallel.Lock:
-    """parallel.lock, when nobody else has it any more."""
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            return parallel.lock(folder)
-        except UserError:
-            time.sleep(0.2)
 
 
 def add(path: Path, row: dict, key=("row", "seed")) -> None:
@@ -302,7 +193,7 @@ def run_all(args):
         folder = arguments_of(name, seed, 1, args).out.parent
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = parallel.lock(folder)
+            held = common.lock(folder)
         except UserError:                      # another process is at it
             continue
         with closing(held):
@@ -360,41 +251,3 @@ def off_all(args):
                        **score(texts, items))
             add(path, row, ("row", "seed", "off"))
             print(f"{name}, seed {seed}, without {row['off'] or 'nothing'}: {row['accuracy']}, {same:.1%} the same")
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=("towers", "probe", "run", "off", "table"))
-    p.add_argument("--towers", type=Path, default=TOWERS, help="the folder with clip and llama (default: study/towers)")
-    p.add_argument("--source", type=Path, default=toy.OUT, help="towers: what they come from (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=OUT, help="for features and unfinished runs (default: %(default)s)")
-    p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    p.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="towers: default %(default)s")
-    p.add_argument("--n", type=int, default=3000, help="probe: scenes to learn from; half as many to test with")
-    p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW", help="run: these rows alone")
-    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
-    p.add_argument("--pilot", action="store_true", help="run: ccra and llava with the pilot's seeds")
-    p.add_argument("--again", action="store_true", help="run: also what has a row, which must come out the same")
-    p.add_argument("--steps", type=int, nargs=2, default=STEPS, help="run: of stage 1 and 2 (default: %(default)s)")
-    p.add_argument("--questions", type=int, default=QUESTIONS, help="run: how many (default: %(default)s)")
-    p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
-    p.add_argument("--into", type=Path, metavar="FILE", help="table: don't print the tables, but replace those of a "
-                   "markdown file after its line '## Results' (docs/study.md)")
-    args = p.parse_args(argv)
-    torch.set_num_threads(1)                   # threads change rounding
-    if args.command == "towers":
-        make_towers(args)
-    elif args.command == "probe":
-        show_probes(args.towers / "clip", args.n)
-    elif args.command == "run":
-        run_all(args)
-    elif args.command == "off":
-        off_all(args)
-    elif args.into:
-        write_tables(args.into, args.results)
-    else:
-        show_tables(args.results, args.base)
-
-
-if __name__ == "__main__":
-    run(main)

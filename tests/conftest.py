@@ -1,21 +1,21 @@
-"""Shared by all tests: the flat modules of the root on the path, and a fixed number of threads (for rounding)."""
+"""Shared by all tests: no GPU but for those marked gpu, and a fixed number of threads, for rounding."""
 import os
-import sys
-from pathlib import Path
 
-if not os.environ.get("NANOCCRA_GPU"):                 # of this process and those it starts: the same tests anywhere
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import pytest
+import torch
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+from clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from core.tokenizer import Tokenizer
+from llama import Llama, LlamaConfig
+from toy import world as toy
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-from toy import world as toy  # noqa: E402
-from clip import CLIP, CLIPTextConfig, CLIPVisionConfig  # noqa: E402
-from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+
+def pytest_configure(config):
+    """Of this process and those it starts: the same tests anywhere."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from torch import nn
 import ccra
 from ccra import CCRA, IGNORE, IMAGE_TOKEN, VLM, CCRAConfig, moments, smooth, standardise
 from clip import CLIPVision, CLIPVisionConfig
+from core.common import UserError
 from llama import Llama, LlamaConfig, pick
-from core.weights import UserError
 
 TINY = CCRAConfig(text_dim=12, vision_dim=10, n_layers=4, d_hidden=6, kernel_size=3)
 ABLATIONS = ({}, {"lpwca": False}, {"lwca": False}, {"pwca": False}, {"smooth": False})

@@ -9,9 +9,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clip
-from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig, attention, open_image, preprocess
+from clip import (
+    CLIP,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+    attention,
+    open_image,
+    preprocess,
+)
+from core.common import UserError
 from core.layouts import Folder
-from core.weights import UserError
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -17,11 +17,22 @@ import torch
 from PIL import Image
 
 import data
-import llama
 from clip import preprocess
-from data import IGNORE, IMAGE_TOKEN, SYSTEM, LlavaJson, check, collate, load, problems, prompt, render
-from llama import Tokenizer
-from core.weights import UserError
+from core import tokenizer
+from core.common import UserError
+from core.tokenizer import Tokenizer
+from data import (
+    IGNORE,
+    IMAGE_TOKEN,
+    SYSTEM,
+    LlavaJson,
+    check,
+    collate,
+    load,
+    problems,
+    prompt,
+    render,
+)
 
 REAL = os.environ.get("NANOCCRA_LLAMA2_TOKENIZER")
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
@@ -47,13 +58,13 @@ def tiny_sentencepiece(folder):
 
 def tiny_byte_level(folder):
     """Made like Llama 3's: no space in front, and tokens of several spaces and of a full stop with a line break."""
-    letters = list(llama._byte_alphabet())
+    letters = list(tokenizer._byte_alphabet())
     merges = ["Ġ A", "Ġ t", "t h", "Ġt h", "Ġth e", "U S", "S T", "A S", "Ġ Ġ", "Ċ Ċ", "Ġ Ċ", ". Ċ", "? Ċ", "c a",
               "ca t", "Ġ c", "Ġc at"]
     vocab = {token: i for i, token in enumerate(letters + [merge.replace(" ", "") for merge in merges])}
     control = [{"content": "<|bos|>", "id": len(vocab), "special": True},
                {"content": "<|eot|>", "id": len(vocab) + 1, "special": True}]
-    split = {"type": "Split", "pattern": {"Regex": llama.LLAMA3}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(

@@ -17,14 +17,15 @@ from torch.nn.functional import cosine_similarity
 import data
 import eval as exams
 import llama
-from toy import world as toy
 import train
 from ccra import NAMED, VLM
 from clip import CLIPVision, CLIPVisionConfig, attention
-from conftest import ROOT
-from llama import IGNORE, IMAGE_TOKEN, Tokenizer
-from test_baselines import tiny_vlm
-from test_train import uneven_samples
+from core.common import ROOT
+from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
+from tests.fusers.test_fusers import tiny_vlm
+from tests.test_train import uneven_samples
+from toy import exam
+from toy import world as toy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NANOCCRA_GPU is not set, or there is no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -65,7 +66,7 @@ def test_attention_in_all_its_shapes(dtype, most):
 
 def test_the_tower_is_not_rounded(tokenizer):
     """In float32 all states of the tower agree to float32's precision: cuDNN would take TF32 for the patches."""
-    pixels = torch.stack([toy.preprocess(toy.draw(item.scene), 96, pad=True) for item in toy.exam(0, 8)])
+    pixels = torch.stack([toy.preprocess(toy.draw(item.scene), 96, pad=True) for item in exam.exam(0, 8)])
     with torch.no_grad():
         ours, exact = load(torch.float32, GPU).vision(pixels.to(GPU)), load(torch.float32, CPU).vision(pixels)
     for l, (a, b) in enumerate(zip(ours, exact)):
@@ -79,12 +80,12 @@ def test_the_tower_is_not_rounded(tokenizer):
 
 def test_answers(tokenizer):
     """500 questions, in batches of uneven prompts, decoded with the cache."""
-    items = toy.exam(0, 500)
+    items = exam.exam(0, 500)
     exact, found = exams.sit(load(torch.float32, CPU), tokenizer, items, 100, CPU), {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         texts = exams.sit(load(dtype, GPU), tokenizer, items, 100, GPU)
         same = sum(a == b for a, b in zip(texts, exact))
-        found[dtype] = same, exams.score_toy(items, texts)["accuracy"]
+        found[dtype] = same, exam.score_toy(items, texts)["accuracy"]
     print(f"\nanswers of 500 that are float32's on a CPU, accuracy: {found}")
     assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[torch.bfloat16][0] >= 470
 

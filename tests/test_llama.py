@@ -18,9 +18,11 @@ import sentencepiece
 import torch
 
 import llama
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, Tokenizer, frequencies, rope, rotate
+from core.common import UserError
+from core.tokenizer import Tokenizer
+from core.weights import Tensors, save
 from fast.graph import Replay
-from core.weights import Tensors, UserError, save
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, frequencies, rope, rotate
 
 TINY = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
                    rms_norm_eps=1e-5)
@@ -567,7 +569,8 @@ def bpe_folder(dir, kind, shuffle=False):
     """A tiny tokenizer.json trained by the tokenizers library; `shuffle`: ids say nothing about the order of merges."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import models, pre_tokenizers, trainers
-    from llama import LLAMA3
+
+    from core.tokenizer import LLAMA3
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
     first = {"gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
              "llama3": [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")]}[kind]

@@ -9,12 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from toy import world as toy
 from ccra import VLM
-from conftest import ROOT
-from data import prompt
-from llama import Tokenizer
+from core.common import ROOT
+from core.tokenizer import Tokenizer
 from core.weights import Tensors
+from data import prompt
+from toy import exam, questions
+from toy import world as toy
 
 SCENE = ROOT / "assets" / "scene.png"
 
@@ -114,20 +115,20 @@ def test_held_out_accuracy():
     """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give 97.8%."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    items, cpu = toy.exam(7, 320), torch.device("cpu")
-    seen, grey = (evaluation.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
+    items, cpu = exam.exam(7, 320), torch.device("cpu")
+    seen, grey = (exam.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
                   for grey in (False, True))
-    assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(toy.QUESTIONS)
+    assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(questions.QUESTIONS)
     assert grey["accuracy"] <= 0.45
 
 
 def test_score_toy_by_hand():
     def asked(kind, short, answer=None, new=False):
-        turns = [toy.Turn("first?", "x", "x"), toy.Turn("q?", answer or short, short)]
-        return toy.Item(None, kind, turns, new, not new)
+        turns = [questions.Turn("first?", "x", "x"), questions.Turn("q?", answer or short, short)]
+        return exam.Item(None, kind, turns, new, not new)
     items = [asked("count", a) for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
     items += [asked("word", "sun")]
-    result = evaluation.score_toy(items, ["1", "2", "2", "x", "sun"])
+    result = exam.score_toy(items, ["1", "2", "2", "x", "sun"])
     assert result == dict(
         accuracy=0.6, n=5, kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
                                       word=dict(accuracy=1.0, n=1, majority=1.0)),
@@ -141,6 +142,6 @@ def test_batched_answers_are_the_single_ones():
     """Follow-ups included: their prompts hold what the model itself answered before."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    items = toy.exam(3, 24)
+    items = exam.exam(3, 24)
     run = lambda batch: evaluation.sit(model, tokenizer, items, batch, torch.device("cpu"))
     assert run(24) == run(1)

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import data
-from training import parallel
-from toy import world as toy
 import train
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision
-from conftest import ROOT
-from llama import Llama, LlamaConfig, Tokenizer
-from core.weights import UserError
+from core.common import ROOT, UserError
+from core.tokenizer import Tokenizer
+from llama import Llama, LlamaConfig
+from toy import questions
+from toy import world as toy
+from training import options, sharding
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def seeded(towers, tmp_path_factory):
     """A language model with a tokenizer of its own, both from seeds alone: nothing in it changes with assets/toy. Its
     matrices are large, so that ten steps change much."""
     folder = tmp_path_factory.mktemp("seeded")
-    said = [phrase for halves in toy.PHRASES.values() for half in halves for phrase in half]
+    said = [phrase for halves in questions.PHRASES.values() for half in halves for phrase in half]
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(said + toy.KINDS), model_writer=file, model_type="bpe", vocab_size=400,
@@ -103,7 +104,7 @@ def test_the_first_ten_steps_are_as_they_were(seeded, tmp_path):
         found, close = losses(str(stage), *flags), pytest.approx(GOLDEN[stage], rel=1e-3)
         assert found == close, (stage, found)
         # learning rates that are a fifth lower are seen: the test can fail
-        lower = losses(f"{stage}x", *flags, "--lr", str(0.8 * train.RECIPES["toy", stage]["lr"]))
+        lower = losses(f"{stage}x", *flags, "--lr", str(0.8 * options.RECIPES["toy", stage]["lr"]))
         assert lower[0] == found[0] and lower != close
 
 
@@ -161,7 +162,7 @@ def uneven_samples(tokenizer):
     samples = []
     for i in range(8):
         scene, image = toy.make_scene(f"cut/{i}"), "x" if i % 4 else ""
-        sample = data.render(toy.record([("Describe.", "yes " * (1 + 6 * i))], image=image), tokenizer, "v1")
+        sample = data.render(questions.record([("Describe.", "yes " * (1 + 6 * i))], image=image), tokenizer, "v1")
         pixels = data.preprocess(toy.draw(scene), 32, pad=True) if image else torch.zeros(3, 32, 32)
         samples.append(dict(ids=sample.ids, labels=sample.labels, query=sample.query, pixels=pixels))
     return samples
@@ -310,8 +311,8 @@ def test_a_json_is_the_same_as_before(stage1, tmp_path):
     (["--images", "x"], "--images belongs"), (["--model", "x"], "--model is what stage 2")])
 def test_numbers_and_flags_that_make_no_sense(words, said):
     with pytest.raises(UserError, match=said):
-        train.arguments(["--stage", "1", *words])
-    assert train.arguments(["--stage", "2", "--world", "llava", "--images", "x"]).images == "x"      # of data/stage2
+        options.arguments(["--stage", "1", *words])
+    assert options.arguments(["--stage", "2", "--world", "llava", "--images", "x"]).images == "x"      # of data/stage2
 
 
 def test_what_is_trained_keeps_its_digits(stage1):
@@ -325,7 +326,7 @@ def test_what_is_trained_keeps_its_digits(stage1):
 
 def test_the_recipe_is_table_5s():
     for stage, batch, lr in ((1, 256, 1e-3), (2, 128, 1e-5)):
-        args = train.arguments(["--stage", str(stage), "--data", "x"])
+        args = options.arguments(["--stage", str(stage), "--data", "x"])
         assert (args.batch, args.lr, args.warmup, args.steps) == (batch, lr, 0.03, None)
     how = train.adamw({"x": torch.nn.Parameter(torch.zeros(1))}, 1.0).defaults
     assert how["weight_decay"] == 0 and how["betas"] == (0.9, 0.999) and how["eps"] == 1e-8
@@ -334,8 +335,8 @@ def test_the_recipe_is_table_5s():
 def test_slices_are_summed_in_float32(stage1, monkeypatch):
     """What FSDP is told: gathered in bfloat16, but gradients summed in float32, and CCRA in float32 altogether."""
     model, seen = VLM.from_pretrained(stage1), {}
-    monkeypatch.setattr(parallel, "fully_shard", lambda module, mp_policy, **how: seen.update({module: mp_policy}))
-    parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, mp_policy, **how: seen.update({module: mp_policy}))
+    sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16)
     assert all(policy.reduce_dtype == torch.float32 for policy in seen.values())
     assert seen[model].param_dtype == torch.bfloat16 and seen[model.fuser].param_dtype == torch.float32
     assert {*model.llm.layers, *model.vision.layers, model.fuser, model} == seen.keys()
@@ -347,10 +348,10 @@ def test_copies_and_slices(monkeypatch):
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         for shard_size, shape in ((0, (2, 4)), (2, (4, 2)), (8, (8,))):
-            mesh = parallel.layout(torch.device("cpu"), shard_size)
+            mesh = sharding.layout(torch.device("cpu"), shard_size)
             assert mesh.shape == shape and mesh["shard"].size() == shape[-1]
         with pytest.raises(UserError, match="groups of 3"):
-            parallel.layout(torch.device("cpu"), 3)
+            sharding.layout(torch.device("cpu"), 3)
     finally:
         dist.destroy_process_group()
 

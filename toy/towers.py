@@ -16,12 +16,29 @@ import torch
 import torch.nn.functional as F
 
 from clip import CLIP, CLIPTextConfig, CLIPVisionConfig, preprocess
+from core.device import autocast_dtype
+from core.tokenizer import Tokenizer
 from data import IGNORE, SYSTEM, render
-from fast.linear import keep_memory
-from llama import Llama, LlamaConfig, Tokenizer
-from toy.world import (CATEGORIES, COLORS, KINDS, LOOKALIKE, PATCH, PLACES, QUESTIONS, SHAPES, SIZE, WORDS, Scene, ask, box,
-                 caption, conversation, draw, glimpses, grid, held_out, layout, make_scene, record)
-from core.weights import autocast_dtype
+from fast.memory import keep_memory
+from llama import Llama, LlamaConfig
+from toy.questions import QUESTIONS, ask, caption, conversation, glimpses, grid, record
+from toy.world import (
+    CATEGORIES,
+    COLORS,
+    KINDS,
+    LOOKALIKE,
+    PATCH,
+    PLACES,
+    SHAPES,
+    SIZE,
+    WORDS,
+    Scene,
+    box,
+    draw,
+    held_out,
+    layout,
+    make_scene,
+)
 
 VOCAB, BOS, EOS = 896, 1, 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from core.weights import UserError, run, write_beside
+from core.common import UserError, run, write_beside
 
 WIDTH, HEIGHT, FINE = 900, 480, 2             # pixels; drawn FINE times as large and then reduced, which smooths lines
 LEFT, TOP, RIGHT, BOTTOM = 60, 40, 70, 50     # margins

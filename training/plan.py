@@ -2,7 +2,7 @@
 
     python train.py --stage 2 --plan --gpus 8 --gpu a100-80
 
-The memory isn't a formula. The real model is built and shared out by the code that trains it (parallel.share), but of
+The memory isn't a formula. The real model is built and shared out by the code that trains it (sharding.share), but of
 fake tensors, which have shapes and no numbers, in a fake group of processes; two steps of forward, backward and AdamW
 run on them while every allocation is counted.
 """
@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import clip
-from fast import linear
-from training import parallel
 from ccra import LOSS_ROWS
+from fast import linear
+from training import sharding
 
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
 GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141),
@@ -98,11 +98,11 @@ def sliced(model, args, micro) -> dict:
 
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
-        mesh = parallel.layout(torch.device("cpu"), args.gpus)
+        mesh = sharding.layout(torch.device("cpu"), args.gpus)
         with FakeTensorMode():
             model = fake(model)
             model.forward = partial(whole_step, model)
-            parallel.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
+            sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
             tracker = FSDPMemTracker(model, optimizer)
             pixels, ids = rows(model, args, micro)

@@ -19,9 +19,8 @@ of any length one after another in NAME.npy, and where each begins, and the last
 
 A stage 1 caption's prompt isn't in its row; there it stands behind the row, which ends where the last answer does.
 What is trained on is, item by item, what `data.load` gives. And lengths are known, so samples of like length can be put
-together (`data.order`); what that saves, `python data.py padding` measures.
+together (`order.order`); what that saves, `python data.py padding` measures.
 """
-import fcntl
 import hashlib
 import json
 import math
@@ -32,7 +31,6 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -40,52 +38,24 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import data
-from clip import open_image, preprocess
-from data import GROUPS, IGNORE, IMAGE_TOKEN, TEMPLATES, Sample, order, split
-from llama import Tokenizer
-from core.weights import UserError, cores, read_json, write_beside
+from clip import open_image
+from core.common import Lock, UserError, cores, read_json, write_beside
+from core.tokenizer import Tokenizer
+from data import IGNORE, TEMPLATES
+from training.padding import compare
+from training.prepared import FLAT, FORMAT, RAGGED, pack, tokenizer_id
 
-FORMAT = 1                       # of the folder; goes up when an older folder can't be read any more
-RAGGED = dict(tokens=((), np.int32), turns=((3,), np.int32), names=((), np.uint8), paths=((), np.uint8))
-FLAT = ("picture", "at")
 OTHER_NAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp")     # what a picture that isn't there may be called instead
 BINS = (64, 128, 256, 512, 1024, 2048, 4096)                 # of the histogram of lengths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A sample as numbers, and back
-
-def pack(sample: Sample) -> tuple[bytes, bytes, int]:
-    """A sample's rows of tokens and of turns, and where its picture goes."""
-    at = sample.ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in sample.ids else -1
-    ids, spans, n = sample.ids, sample.spans, len(sample.ids)
-    if not spans:                                               # stage 1: the query is nowhere in ids
-        (query,) = sample.turns
-        ids, spans = ids + query, [(n, n + len(query))]
-    tokens = 2 * np.array(ids, dtype=np.int32)                                       # (n,), or (n + query,)
-    tokens[:n] += np.array(sample.labels, dtype=np.int32) != IGNORE
-    turns = [(*span, end) for span, end in zip(spans, sample.ends, strict=True)]
-    return tokens.tobytes(), np.array(turns, dtype=np.int32).tobytes(), at
-
-
-def unpack(tokens: np.ndarray, turns: np.ndarray) -> Sample:
-    """pack's inverse: tokens (n,), turns (k, 3)."""
-    ids, ends = (tokens >> 1).tolist(), turns[:, 2].tolist()    # >> rounds down: -400 is -200, not to be predicted
-    labels = np.where(tokens & 1, tokens >> 1, IGNORE).tolist()
-    spans = [(start, stop) for start, stop, _ in turns.tolist()]
-    queries, n = [ids[start:stop] for start, stop in spans], ends[-1]
-    return Sample(ids[:n], labels[:n], queries, [span for span in spans if span[0] < n], ends)
 
 
 class Column:
@@ -113,8 +83,9 @@ class Column:
         np.save(self.folder / f"{self.name}.offsets.npy", np.array(self.offsets, dtype=np.int64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the reading processes do
+
 
 @dataclass
 class Job:
@@ -243,7 +214,7 @@ def ends_well(file: Path) -> bool:
         return f.read() == b"\xff\xd9"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # prepare
 
 CHUNK = 256             # records in a job
@@ -330,13 +301,6 @@ class Report:
                     lengths=dict(what="ids of a sample, its picture counted as one", **lengths), odd_pictures=self.odd)
 
 
-def tokenizer_id(tokenizer: Tokenizer) -> dict:
-    """What makes a tokenizer this one: its file, and the ids that a row begins and ends with (config.json may say)."""
-    with open(tokenizer.file, "rb") as f:
-        return dict(file=tokenizer.file.name, sha256=hashlib.file_digest(f, "sha256").hexdigest(),
-                    bos=tokenizer.bos_id, eos=min(tokenizer.eos_ids))
-
-
 def prepare(json_path, images, out, llm, template: str = "v1", decode: bool = False, workers: int = 0,
             tolerate: float = 0.01, say: Callable = print, bar: bool = False) -> None:
     """Write the folder `out`, which appears when it is complete.
@@ -372,6 +336,7 @@ def prepare(json_path, images, out, llm, template: str = "v1", decode: bool = Fa
         content = dict(inputs=inputs, file=str(file), seconds=round(time.perf_counter() - began, 1),
                        pictures=pictures, **report.to_dict())
         write_beside(tmp / "report.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        (tmp / ".lock").unlink()
         os.rename(tmp, out)
     say(f"{out}: {report.kept:,} of {report.records:,} records, {pictures:,} pictures, in {content['seconds']:,} s")
     for what, counts in report.sources.items():
@@ -427,34 +392,6 @@ def already(out: Path, file: Path, inputs: dict, say: Callable) -> None:
     say(f"{out} is already prepared from these very inputs; nothing to do")
 
 
-class Lock:
-    """A file or folder that is this process's alone (flock): until close(), or until the process ends, however it does.
-
-    A process that is forked gets a copy of everything that is open, and would keep a killed one's lock for as long as
-    it lives itself. So it closes its copy, first of all. BlockingIOError if somebody else has the lock.
-    """
-    held, fd = weakref.WeakSet(), None
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)         # NFS wants to write
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise
-        Lock.held.add(self)
-
-    def close(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-        self.fd = None
-
-    __del__ = close
-
-
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(Lock.held)])
-
-
 @contextmanager
 def workplace(out: Path) -> Iterator[Path]:
     """A folder beside `out` for this process alone. If it is still there in the end, it is removed."""
@@ -462,215 +399,24 @@ def workplace(out: Path) -> Iterator[Path]:
     tmp.mkdir(parents=True, exist_ok=True)
     try:
         lock = Lock(tmp)
-        if not tmp.exists() or not os.path.samestat(os.fstat(lock.fd), os.stat(tmp)):      # it was renamed just now
-            lock.close()
-            raise BlockingIOError
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):        # the latter: it was renamed just now
         raise UserError(f"{tmp}: another process is preparing this folder") from None
-    if foreign := [p.name for p in tmp.iterdir() if p.suffix != ".npy" and not p.name.startswith("report.json")]:
+    if foreign := [p.name for p in tmp.iterdir()
+                   if p.suffix != ".npy" and not p.name.startswith(("report.json", ".lock"))]:
         raise UserError(f"{tmp}: would be emptied, but holds {min(foreign)!r}, which isn't from here: move it away")
     try:
         for leftover in tmp.iterdir():                  # of a run that was killed
-            leftover.unlink()
+            if leftover.name != ".lock":
+                leftover.unlink()
         yield tmp
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         lock.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
-
-def map_arrays(folder: Path) -> dict[str, np.ndarray]:
-    names = [*FLAT, *RAGGED, *(f"{name}.offsets" for name in RAGGED)]
-    try:
-        return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{folder}: an array is missing or damaged ({e}); prepare it again") from e
-
-
-def words_of(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """(samples,) how many ids every sample has, its picture being one: up to where its last answer ends."""
-    return arrays["turns"][arrays["turns.offsets"][1:] - 1, 2].astype(np.int64)
-
-
-def merged(words: np.ndarray, at: np.ndarray, picture_rows: int, max_length: int) -> np.ndarray:
-    """(samples,) how long every sample is for the language model: after data.cut, and with its picture in it."""
-    room = np.where(max_length <= at, max_length, np.maximum(at, max_length - picture_rows + 1))
-    kept = np.minimum(words, np.where(at < 0, max_length, room))
-    return kept + np.where((at >= 0) & (kept > at), picture_rows - 1, 0)
-
-
-class Prepared:
-    """A prepared folder as a list of `data.item`s: those that `data.load` makes of the same records.
-
-    Opening reads report.json and maps the arrays: seconds at any size. images: where the pictures are now (default:
-    where they were). pad: as in data.load. damaged: a file. With it, a picture that can't be read any more is noted
-    there and said once on stderr, and the sample goes on with an empty picture and without labels: a batch has as
-    many rows as it would have had, so all processes still do the same, and nothing is learnt from that row. Without
-    it, it is a UserError; so are more such pictures than 1% (or 10), since then it isn't the pictures that are broken.
-    """
-
-    def __init__(self, folder, images, tokenizer: Tokenizer, template: str, size: int = 336, pad: bool | None = None,
-                 damaged: Path | None = None):
-        self.folder, self.tokenizer, self.size, self.damaged = Path(folder), tokenizer, size, damaged
-        if not (self.folder / "report.json").is_file():
-            raise UserError(f"{folder}: not a prepared folder; `python data.py prepare ... --out {folder}` makes it")
-        self.report = read_json(self.folder / "report.json")
-        inputs = self.report.get("inputs", {})
-        if inputs.get("format") != FORMAT:
-            raise UserError(f"{folder}: was prepared by another version of this code; prepare it again")
-        if inputs["template"] != template:
-            raise UserError(f"{folder}: was prepared with --template {inputs['template']}, {template!r} is needed here")
-        if inputs["tokenizer"] != tokenizer_id(tokenizer):
-            raise UserError(f"{folder}: was prepared with another tokenizer than {tokenizer.file}; prepare it again "
-                            "with --llm this model's folder")
-        self._check_arrays()
-        self.images = Path(images or inputs["images"] or "")
-        if self.report["pictures"] and not self.images.is_dir():
-            raise UserError(f"{self.images}: no such folder; say where the pictures of {folder} are (--images DIR)")
-        self.pad = template == "v1" if pad is None else pad
-
-    @cached_property
-    def arrays(self) -> dict[str, np.ndarray]:
-        return map_arrays(self.folder)
-
-    def __getstate__(self) -> dict:      # for reading processes that are not forked: they map the files themselves
-        return {key: value for key, value in self.__dict__.items() if key != "arrays"}
-
-    def _check_arrays(self) -> None:
-        arrays, n = self.arrays, self.report["kept"]
-        rows = {name: n for name in (*FLAT, *RAGGED)} | {"paths": self.report["pictures"]}
-        for name, count in rows.items():
-            values, offsets = arrays[name], arrays.get(f"{name}.offsets")
-            fine = len(values) == count if offsets is None else len(offsets) == count + 1 and len(values) == offsets[-1]
-            if not fine:
-                raise UserError(f"{self.folder}: {name}.npy isn't as long as report.json says; prepare it again")
-
-    def _row(self, name: str, i: int) -> np.ndarray:
-        start, stop = self.arrays[f"{name}.offsets"][i:i + 2]
-        return self.arrays[name][start:stop]
-
-    def __len__(self) -> int:
-        return self.report["kept"]
-
-    def record_id(self, i: int) -> str:
-        """What to call sample i in a message: the record's place in the json, and its id."""
-        return self._row("names", i).tobytes().decode(errors="surrogatepass")
-
-    def sample(self, i: int) -> Sample:
-        """The text alone."""
-        return unpack(self._row("tokens", i), self._row("turns", i))
-
-    def path(self, i: int) -> Path | None:
-        """The file of sample i's picture."""
-        picture = int(self.arrays["picture"][i])
-        if picture < 0:
-            return None
-        return self.images / os.path.normpath(self._row("paths", picture).tobytes().decode(errors="surrogatepass"))
-
-    def pixels(self, i: int) -> Tensor:
-        path = self.path(i)
-        if path is None:
-            return torch.zeros(3, self.size, self.size)
-        return preprocess(open_image(path), self.size, self.pad)                     # (3, size, size)
-
-    def __getitem__(self, i: int) -> dict:
-        sample = self.sample(i)
-        try:
-            return data.item(sample, self.pixels(i))
-        except UserError as e:
-            if self.damaged is None or not self.images.is_dir():
-                raise
-            self._note(self.path(i), f"{self.record_id(i)}: {e}")
-        sample.labels = [IGNORE] * len(sample.ids)
-        return data.item(sample, torch.zeros(3, self.size, self.size))
-
-    def _note(self, path: Path, message: str) -> None:
-        """Many processes may come upon the same picture; the file is what they all know."""
-        with open(self.damaged, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = {json.loads(line)["path"] for line in file}
-            if str(path) in known:
-                return
-            file.write(json.dumps(dict(path=str(path), message=message)) + "\n")
-        print(f"damaged picture, nothing is learnt from its samples: {message}", file=sys.stderr, flush=True)
-        if len(known) + 1 > max(10, 0.01 * self.report["pictures"]):
-            raise UserError(f"{len(known) + 1} pictures can't be read (see {self.damaged}): put {self.images} right")
-
-    def lengths(self, picture_rows: int, max_length: int) -> np.ndarray:
-        """(samples,) for `order`; see `merged`."""
-        return merged(words_of(self.arrays), self.arrays["at"], picture_rows, max_length)
-
-    def has_picture(self) -> np.ndarray:
-        """(samples,) bool"""
-        return self.arrays["picture"] >= 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What grouping saves
-
-# LLaVA's mix of 665,298: records by source, and what we take their turns and the ids of a question and of an answer to
-# be like. The numbers of records are its authors'; the rest is assumed, only in order to have something to measure.
-MIX = {     # folder, records, turns from-to, ids of a question, ids of an answer
-    "LLaVA": ("coco/train2017", 157_712, (1, 5), 15, 60), "ShareGPT": (None, 40_688, (1, 6), 60, 300),
-    "VQAv2": ("coco/train2017", 82_783, (1, 9), 8, 3), "GQA": ("gqa/images", 72_140, (1, 25), 10, 3),
-    "OKVQA": ("coco/train2017", 8_998, (1, 1), 25, 3), "OCRVQA": ("ocr_vqa/images", 80_000, (3, 6), 12, 8),
-    "A-OKVQA": ("coco/train2017", 66_160, (1, 2), 60, 3), "TextCaps": ("textvqa/train_images", 21_953, (1, 1), 60, 15),
-    "RefCOCO": ("coco/train2017", 48_447, (1, 8), 30, 25), "VG": ("vg/VG_100K", 86_417, (5, 15), 30, 15)}
-FRAME, PER_TURN = 35, 8         # ids of the system text; of USER:, ASSISTANT: and </s>
-
-
-def mixture(seed: int = 0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """words (n,), pictures (n,) bool of a data set like MIX."""
-    rng, words, pictures = np.random.default_rng(seed), [], []
-    for folder, count, (low, high), question, answer in MIX.values():
-        turns = rng.integers(low, high + 1, round(count * scale))
-        said = rng.lognormal(0, 0.5, (len(turns), high)) * (question + answer) / math.exp(0.125) + PER_TURN
-        words.append(FRAME + np.where(np.arange(high) < turns[:, None], said, 0).sum(1).astype(np.int64))
-        pictures.append(np.full(len(turns), folder is not None))
-    return np.concatenate(words), np.concatenate(pictures)
-
-
-def padding(steps: Iterator[list], lengths: np.ndarray, ranks: int, micro: int) -> tuple[float, float]:
-    """(padding, idle): the share of the computed positions that is padding; and the share of all processes' time, if
-    it goes by positions, that is padding or waiting for the one with the widest micro-batch."""
-    real = computed = waited = 0
-    for rows in steps:
-        of_step = lengths[rows]
-        real += int(of_step.sum())
-        shares = [[len(piece) * int(max(piece)) for piece in split(of_step[rank::ranks].tolist(), micro)]
-                  for rank in range(ranks)]
-        computed += sum(map(sum, shares))
-        waited += ranks * sum(max(share[i] if i < len(share) else 0 for share in shares) for i in range(len(shares[0])))
-    return 1 - real / computed, 1 - real / waited
-
-
-def compare(args) -> None:
-    """The table of `data.py padding`."""
-    if args.lengths == "synthetic":
-        words, pictures = mixture(args.seed)
-        lengths = merged(words, np.where(pictures, FRAME, -1), args.picture_rows, args.max_length)
-    else:
-        folder = Path(args.lengths)
-        if not (folder / "report.json").is_file():
-            raise UserError(f"{folder}: not a prepared folder; give one, or `synthetic`")
-        arrays = map_arrays(folder)
-        words, pictures = words_of(arrays), arrays["at"] >= 0
-        lengths = merged(words, arrays["at"], args.picture_rows, args.max_length)
-    n, cut = len(lengths), int((lengths < words + np.where(pictures, args.picture_rows - 1, 0)).sum())
-    print(f"{n:,} samples, {int((~pictures).sum()):,} without a picture; positions: mean {lengths.mean():.0f}, median "
-          f"{np.median(lengths):.0f}, longest {lengths.max()}; {cut:,} cut to {args.max_length}")
-    print(f"batches of {args.batch} on {args.ranks} processes, {args.micro} samples at a time:")
-    for group in GROUPS:
-        steps = order(n, math.ceil(n / args.batch), args.batch, args.seed, group, lengths, pictures)
-        pad, idle = padding(steps, lengths, args.ranks, args.micro)
-        print(f"  --group {group:16} padding {pad:6.1%}   padding or waiting {idle:6.1%}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
+
 
 def add_commands(commands) -> None:
     """`prepare` and `padding` of data.py."""

@@ -10,23 +10,19 @@ keys; nothing is changed, and what isn't watched costs nothing. viz.py draws wha
     sight = look.ask(model, tokenizer, image, "Where is the cat?")
     viz.figure3(sight).save("out.png")
 """
-import argparse
 import math
-import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from toy import world as toy
 from ccra import CCRA, USED, VLM, project, smooth
 from clip import preprocess
+from core.common import UserError
+from core.tokenizer import IMAGE_TOKEN, Tokenizer
 from data import collate, prompt, query_of
-from llama import IMAGE_TOKEN, Tokenizer
-from core.weights import UserError, pick_device, run
 
 
 @dataclass
@@ -176,133 +172,3 @@ def visible(image: Image.Image, pad: bool):
         return image, (left / side, top / side, (left + w) / side, (top + h) / side)
     left, top = (w - short) // 2, (h - short) // 2
     return image.crop((left, top, left + short, top + short)), (0.0, 0.0, 1.0, 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-def mean95(values: list) -> tuple:
-    """Mean, and half the width of its 95% interval; of less than two values, nan."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
-
-
-def depth(w_hat: Tensor) -> float:
-    """The mean layer, counted from 1, under the weights (L)."""
-    return float((w_hat * torch.arange(1, len(w_hat) + 1)).sum())
-
-
-def cover(box, grid: int, side: float) -> tuple[Tensor, Tensor]:
-    """How much of each patch a box covers, (N) in 0..1, and whether the patch's centre lies in it, (N) bool.
-
-    box (left, top, right, bottom) in pixels of a picture that is `side` wide and high.
-    """
-    edges = torch.arange(grid + 1, dtype=torch.float64) * side / grid
-    centres = (edges[1:] + edges[:-1]) / 2
-    (across, x_in), (down, y_in) = (((edges.clamp(a, b)).diff() * grid / side, (a <= centres) & (centres <= b))
-                                    for a, b in (box[0::2], box[1::2]))
-    return torch.outer(down, across).flatten(), torch.outer(y_in, x_in).flatten()
-
-
-def where_items(seed: int, n: int) -> list:
-    """n held-out (item, row of toy.layout, row of another thing in the scene or None): "where" questions about what
-    is there."""
-    found = []
-    for item in (item for item in toy.exam(seed, 12 * n + 100) if item.kind == "where"):
-        rows = toy.layout(item.scene)
-        asked = [row for row in rows if toy.PLACES[row[0].cell] == item.turns[-1].short]
-        if asked and len(found) < n:
-            others = [row for row in rows if row is not asked[0]]
-            found.append((item, asked[0], random.Random(item.scene.key).choice(others) if others else None))
-    return found
-
-
-def pointing(model: VLM, tokenizer: Tokenizer, n: int, seed: int) -> dict:
-    """{map: {"hit", "mass", "hit other", "mass other": [a number for each question]}}; "chance": an even map's.
-
-    hit: the centre of the highest patch lies in the box of the thing asked for; mass: the share of the map in it (w_p
-    and W_lp are scores of either sign, so their softmax); other: the same for another thing of the scene.
-    """
-    scores, blocks = {}, len(model.llm.layers)
-    names = {f"language model, block {l + 1}": [l] for l in range(blocks)}
-    if len(middle(blocks)) > 1:
-        names["language model, blocks n/3 to 2n/3"] = list(middle(blocks))
-
-    def score(name, share, row, end):
-        """share (N), sums to 1."""
-        covered, centre = cover(toy.box(*row[:4]), grid, toy.SIZE)
-        entry, highest = scores.setdefault(name, {}), share == share.max()           # several in an even map: any
-        entry.setdefault("hit" + end, []).append(float(centre[highest].double().mean()))
-        entry.setdefault("mass" + end, []).append(float(share.double() @ covered))
-
-    for item, asked, other in tqdm(where_items(seed, n), desc="looking", unit="question"):
-        sight = ask(model, tokenizer, toy.draw(item.scene), item.turns[-1].question, range(blocks), 24)
-        grid, llm = sight.grid, sight.llm.mean(1)                                    # (blocks, N)
-        shares = {"chance": torch.full((grid * grid,), 1 / grid ** 2)}
-        if "w_p" in sight.maps:
-            shares["LPWCA, mean of the layers"] = sight.maps["W_lp"].mean(0).softmax(-1)
-            shares["PWCA"] = sight.maps["w_p"].softmax(-1)
-        shares |= {name: llm[layers].mean(0) / llm[layers].mean(0).sum() for name, layers in names.items()}
-        for name, share in shares.items():
-            score(name, share, asked, "")
-            if other:
-                score(name, share, other, " other")
-    return scores
-
-
-def show_pointing(scores: dict) -> None:
-    columns = ("hit", "mass", "hit other", "mass other")
-    print(f"{'':36}" + "".join(f"{name:>16}" for name in columns))
-    for name, row in scores.items():
-        cells = ["{:6.1%} +-{:5.1%}".format(*mean95(row.get(column, []))) for column in columns]
-        print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
-
-
-LOOKS, THOUGHT = ("colour", "word"), ("count", "left-of")
-
-
-def depths(model: VLM, tokenizer: Tokenizer, n: int, seed: int) -> dict:
-    """{kind: [mean depth under w_hat of n held-out questions]}."""
-    found, device = {}, next(model.parameters()).device
-    for item in tqdm([item for item in toy.exam(seed, 8 * n) if item.kind in LOOKS + THOUGHT], desc="looking"):
-        row = prompt([(item.turns[-1].question, None)], tokenizer)
-        query = torch.tensor([query_of(row.turns, model.query)], device=device)
-        pixels = preprocess(toy.draw(item.scene), **model.image)[None].to(device)
-        with torch.no_grad():
-            maps = model.look(pixels, query, torch.ones_like(query, dtype=torch.bool))[1]
-        if "w_hat" not in maps:
-            raise UserError("this model's fuser doesn't weigh layers, so there is no depth to measure")
-        found.setdefault(item.kind, []).append(depth(maps["w_hat"][0].cpu()))
-    return found
-
-
-def show_depths(found: dict, L: int) -> None:
-    print(f"mean layer of 1 to {L}; all alike: {(L + 1) / 2}")
-    for kind in LOOKS + THOUGHT:
-        print(f"{kind:10} {mean95(found[kind])[0]:6.3f} +- {mean95(found[kind])[1]:.3f}")
-    looks, thought = ([d for kind in kinds for d in found[kind]] for kinds in (LOOKS, THOUGHT))
-    (a, a95), (b, b95) = mean95(looks), mean95(thought)
-    print(f"{', '.join(THOUGHT)} deeper than {', '.join(LOOKS)} by {b - a:.3f} +- {math.hypot(a95, b95):.3f}")
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pointing", action="store_true", help="score the maps of \"Where is the X?\" by X's box")
-    what.add_argument("--depth", action="store_true", help="mean depth of LWCA's weights by kind of question")
-    p.add_argument("--model", default=toy.MODEL, help="a model folder that knows the embedded world")
-    p.add_argument("--n", type=int, default=500, help="how many questions (--depth: of each kind)")
-    p.add_argument("--seed", type=int, default=0, help="which held-out questions")
-    p.add_argument("--device", default="auto")
-    args = p.parse_args(argv)
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: an interval takes 2 questions or more")
-    model = VLM.from_pretrained(args.model, dtype=torch.float32, device=pick_device(args.device)).eval()
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    if args.pointing:
-        return show_pointing(pointing(model, tokenizer, args.n, args.seed))
-    show_depths(depths(model, tokenizer, args.n, args.seed), model.fuser.config.n_layers)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,43 @@
+"""TODO viz/explorer.py"""
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from core.canvas import COLOURS, HEAT
+from viz.figures import blocks
+from viz.maps import Sight
+
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
+
+
+# --------------------------------------------------------------------------------------------------
+# The explorer: assets/explorer.html, with the numbers of one Sight in it
+
+
+def packed(values: Tensor) -> str:
+    """A tensor's numbers for the page, as base64 of little-endian float32."""
+    return base64.b64encode(np.ascontiguousarray(values.numpy(), dtype="<f4").tobytes()).decode()
+
+
+def explorer(sight: Sight) -> str:
+    """One HTML page that needs nothing else. Text goes in as JSON without "<", and from there by textContent alone, so
+    no question is markup."""
+    image, png = sight.image.copy(), max(sight.image.size) <= 128
+    image.thumbnail((672, 672))
+    file = io.BytesIO()
+    image.save(file, **(dict(format="PNG") if png else dict(format="JPEG", quality=88)))
+    kind, encoded = "png" if png else "jpeg", base64.b64encode(file.getvalue()).decode()
+    maps = sight.maps
+    data = dict(question=sight.question, words=sight.words, tokens=sight.tokens, grid=sight.grid, box=sight.box,
+                blocks=blocks(sight), image=f"data:image/{kind};base64,{encoded}",
+                size=image.size, heat=HEAT, colours=["#%02x%02x%02x" % tuple(c) for c in COLOURS.tolist()],
+                llm=packed(sight.llm.mean(0)), layers=0)
+    if "w_hat" in maps:
+        data |= dict(layers=len(maps["w_hat"]), alpha=maps["alpha"].tolist(), w_hat=maps["w_hat"].tolist(),
+                     raw=maps["w_l"].softmax(-1).tolist(), W_lp=packed(maps["W_lp"]), w_p=packed(maps["w_p"]),
+                     layer_map=packed(maps["layer_map"]))
+    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
