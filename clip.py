@@ -1,10 +1,12 @@
 """CLIP: both towers, and the exact preprocessing of its pictures.
 
-CCRA reads every layer of CLIP's image tower, not only the last one, so that tower returns all its hidden states. The
-text tower is here because the toy world trains a CLIP of its own (pictures against captions); a vision-language model
-has no use for it. The arithmetic is OpenAI's CLIP, the tensor names in files are those of Hugging Face's transformers.
+CCRA reads every layer of CLIP's image tower, not only the last one, so that tower returns all its
+hidden states. The text tower is here because the toy world trains a CLIP of its own (pictures
+against captions); a vision-language model has no use for it. The arithmetic is OpenAI's CLIP, the
+tensor names in files are those of Hugging Face's transformers.
 
-Top to bottom: attention (Llama's too), pictures -> pixels, the transformer block, image tower, text tower, CLIP.
+Top to bottom: attention (Llama's too), pictures -> pixels, the transformer block, image tower, text
+tower, CLIP.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -20,29 +22,34 @@ from core.common import UserError
 from core.layouts import Folder, tower_name
 from fast.linear import SLOW, Linear
 
-torch.backends.cudnn.allow_tf32 = False         # else a GPU rounds what `patch_embedding` multiplies, in float32, too
+# else a GPU rounds what `patch_embedding` multiplies, in float32, too
+torch.backends.cudnn.allow_tf32 = False
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
-# A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half of the time in
-# training, and a third for a long prompt, of the fused kernel, which hardly profits. Elsewhere the fused kernel wins
-# (50 ms against 74), as on any GPU. (A new token, one query for all that came before, is llama.KVCache's affair.)
+# A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half
+# of the time in training, and a third for a long prompt, of the fused kernel, which hardly profits.
+# Elsewhere the fused kernel wins (50 ms against 74), as on any GPU. (A new token, one query for all
+# that came before, is llama.KVCache's affair.)
 WRITE_OUT = {torch.bfloat16} - SLOW
-QUERIES = 256           # of a long prompt at a time: what comes before the last of them is all that they look at
+# of a long prompt at a time: what comes before the last of them is all that they look at
+QUERIES = 256
 
 
 def attention(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(hd)) v: the one attention of the project, and the one place that picks an implementation.
+    """softmax(q k^T / sqrt(hd)) v: the one attention of the project, and the one place that picks
+    an implementation.
 
-    q (B, H, Tq, hd); k, v (B, H, Tk, hd). mask bool, True = may look, broadcastable to (B, 1, Tq, Tk). causal: position
-    t looks at 0..t (Tq == Tk); with a mask, both hold. Returns (B, H, Tq, hd). A row that may look nowhere gives zeros.
+    q (B, H, Tq, hd); k, v (B, H, Tk, hd). mask bool, True = may look, broadcastable to (B, 1, Tq,
+    Tk). causal: position t looks at 0..t (Tq == Tk); with a mask, both hold. Returns (B, H, Tq,
+    hd). A row that may look nowhere gives zeros.
     """
     if causal and mask is not None:
         mask, causal = mask & _lower_triangle(q, k), False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     on_cpu = q.device.type == "cpu"
-    if on_cpu and q.dtype in SLOW and not trains:                                # as in linear.py, all keys converted
+    if on_cpu and q.dtype in SLOW and not trains:              # as in linear.py, all keys converted
         return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     long = causal and q.shape[-2] > QUERIES
     if not on_cpu or q.dtype not in WRITE_OUT or not (trains or long):
@@ -57,8 +64,9 @@ def attention(q, k, v, mask=None, causal=False):
 def _fused(q, k, v, mask, causal):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # Kernels differ in what they make of an empty row (0/0): let it look everywhere, then zero what it saw.
-    empty = ~mask.any(-1, keepdim=True)                                          # (B, 1, Tq, 1)
+    # Kernels differ in what they make of an empty row (0/0): let it look everywhere, then zero what
+    # it saw.
+    empty = ~mask.any(-1, keepdim=True)                        # (B, 1, Tq, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty).masked_fill(empty, 0)
 
 
@@ -66,11 +74,14 @@ def _written_out(q, k, v, mask, causal):
     if causal:
         mask = _lower_triangle(q, k)
     q = q * q.shape[-1] ** -0.5
-    scores = q @ k.mT                                                            # (B, H, Tq, Tk)
-    if mask is not None:      # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
-        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)   # needs no backward: half the time
+    scores = q @ k.mT                                          # (B, H, Tq, Tk)
+    # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
+    if mask is not None:
+        # needs no backward: half the time
+        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
         scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    # In float32, for the sake of the backward; without one that is where the kernel computes anyway.
+    # In float32, for the sake of the backward; without one that is where the kernel computes
+    # anyway.
     wide = torch.promote_types(scores.dtype, torch.float32) if scores.requires_grad else None
     shares = scores.softmax(-1, dtype=wide)
     y = shares.to(v.dtype) @ v                                                   # (B, H, Tq, hd)
@@ -83,25 +94,27 @@ def _lower_triangle(q, k):
     return torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures -> pixels
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)      # of CLIP's training pictures, RGB
+MEAN = (0.48145466, 0.4578275, 0.40821073)   # of CLIP's training pictures, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 2 ** 29                            # a sliver of 1 x 65535 pixels would be padded to 13 GB
+MAX_PIXELS = 2 ** 29                         # a sliver of 1 x 65535 pixels would be padded to 13 GB
 
 
 def open_image(path):
     """A picture file as a PIL image in RGB. A rotation tag (EXIF) is ignored, as LLaVA ignores it.
 
-    UserError naming the path when it is missing, not a picture, cut short, absurdly large or without pixels.
+    UserError naming the path when it is missing, not a picture, cut short, absurdly large or
+    without pixels.
     """
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such image") from e
-    except Exception as e:        # on bad bytes Pillow's decoders raise OSError, SyntaxError, ValueError and others
+    # on bad bytes Pillow's decoders raise OSError, SyntaxError, ValueError and others
+    except Exception as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from e
     if 0 in image.size:
@@ -110,19 +123,22 @@ def open_image(path):
 
 
 def expand_to_square(image):
-    """LLaVA's padding: the RGB picture centred on a square of CLIP's mean colour, so that nothing is cropped away."""
+    """LLaVA's padding: the RGB picture centred on a square of CLIP's mean colour, so that nothing
+    is cropped away."""
     side = max(image.size)
     _check_room(image, side, side)
-    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN))   # (122, 116, 104)
+    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN))  # (122, 116, 104)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 def preprocess(image, size, pad):
-    """PIL image -> (3, size, size) float32, exactly as CLIP's own processor does it (bicubic, with Pillow).
+    """PIL image -> (3, size, size) float32, exactly as CLIP's own processor does it (bicubic, with
+    Pillow).
 
-    The shorter side becomes `size`, the middle is cut out, RGB values are normalised. pad=True first makes the picture
-    square by padding (LLaVA, stage 2 and inference); pad=False crops the ends of the longer side (stage 1).
+    The shorter side becomes `size`, the middle is cut out, RGB values are normalised. pad=True
+    first makes the picture square by padding (LLaVA, stage 2 and inference); pad=False crops the
+    ends of the longer side (stage 1).
     """
     if 0 in image.size:
         raise UserError(f"an image of {image.width} x {image.height} has no pixels")
@@ -130,35 +146,38 @@ def preprocess(image, size, pad):
     if pad:
         image = expand_to_square(image)
     short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)            # cut off, not rounded
+    width, height = (int(size * side / short) for side in image.size)  # cut off, not rounded
     _check_room(image, width, height)
-    # (Resizing only the box that is kept would be faster, but Pillow rounds a box to float32: other pixels come out.)
+    # (Resizing only the box that is kept would be faster, but Pillow rounds a box to float32: other
+    # pixels come out.)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255            # (3, size, size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255           # (3, size, size)
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def _check_room(image, width, height):
     if width * height > MAX_PIXELS:
-        raise UserError(f"an image of {image.width} x {image.height} is too narrow to be made square: "
-                        f"that takes {width} x {height} pixels on the way")
+        raise UserError(
+            f"an image of {image.width} x {image.height} is too narrow to be made square: "
+            f"that takes {width} x {height} pixels on the way")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The transformer block of both towers
 
 class SelfAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width)
+                                                                for _ in range(4))
 
-    def forward(self, x, causal):                                                # (B, T, d)
+    def forward(self, x, causal):                                               # (B, T, d)
         B, T, d = x.shape
         q, k, v = (proj(x).view(B, T, self.heads, d // self.heads).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))          # each (B, H, T, d / H)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # each (B, H, T, d / H)
         return self.out_proj(attention(q, k, v, causal=causal).transpose(1, 2).reshape(B, T, d))
 
 
@@ -169,7 +188,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))    # QuickGELU; the exact GELU is off by up to 0.02 each time
+        # QuickGELU; the exact GELU is off by up to 0.02 each time
+        return self.fc2(x * torch.sigmoid(1.702 * x))
 
 
 class Block(nn.Module):
@@ -188,45 +208,53 @@ class Block(nn.Module):
 
 
 def init_weights(tower):
-    """For training from scratch, CLIP's own: embeddings at std 0.02, matrices by width, those which write into the
-    residual stream smaller by sqrt(2 L), biases 0. (0.02 for all, GPT-2's way, needs ~5x the steps at width 48.)"""
+    """For training from scratch, CLIP's own: embeddings at std 0.02, matrices by width, those which
+    write into the residual stream smaller by sqrt(2 L), biases 0. (0.02 for all, GPT-2's way, needs
+    ~5x the steps at width 48.)"""
     d, depth = tower.config.hidden_size, 2 * len(tower.layers)
     for name, parameter in tower.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
         elif "norm" not in name:                    # norms stay at torch's (1, 0)
-            std = {"out_proj": (d * depth) ** -0.5, "fc1": (2 * d) ** -0.5, "fc2": (d * depth) ** -0.5}
+            std = {"out_proj": (d * depth)**-0.5, "fc1": (2 * d)**-0.5, "fc2": (d * depth)**-0.5}
             kind = name.removesuffix(".weight").split(".")[-1]
-            nn.init.normal_(parameter, std=0.02 if "embedding" in kind else std.get(kind, d ** -0.5))
+            nn.init.normal_(parameter, std=0.02 if "embedding" in kind else std.get(kind, d**-0.5))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configs and names: the public layout and ours
 
-# What the arithmetic here takes for granted; a config that says otherwise would load and be quietly wrong.
+# What the arithmetic here takes for granted; a config that says otherwise would load and be quietly
+# wrong.
 FIXED = {"hidden_act": "quick_gelu", "num_channels": 3, "attention_dropout": 0.0}
 
 
 def _read(cls, given, defaults):
-    """Dataclass from a public config: keys left out get CLIP's public defaults, keys we don't know don't concern us."""
+    """Dataclass from a public config: keys left out get CLIP's public defaults, keys we don't know
+    don't concern us."""
     if not isinstance(given, dict):
         raise UserError(f"CLIP config: expected a JSON object for {cls.__name__}, found {given!r}")
     for key, value in FIXED.items():
         if given.get(key, value) != value:
-            raise UserError(f"CLIP config: {key} = {given[key]!r} is not implemented (only {value!r} is)")
+            raise UserError(
+                f"CLIP config: {key} = {given[key]!r} is not implemented (only {value!r} is)")
     fields = {key: given.get(key, default) for key, default in defaults.items()}
     for key, value in fields.items():
-        if type(value) not in (int, type(defaults[key])) or value < 0 or (value == 0 and key != "eos_token_id"):
-            raise UserError(f"CLIP config: {key} = {value!r} is not a positive {type(defaults[key]).__name__}")
+        if type(value) not in (int, type(
+                defaults[key])) or value < 0 or (value == 0 and key != "eos_token_id"):
+            raise UserError(
+                f"CLIP config: {key} = {value!r} is not a positive {type(defaults[key]).__name__}")
     if fields["hidden_size"] % fields["num_attention_heads"]:
-        raise UserError(f"CLIP config: num_attention_heads = {fields['num_attention_heads']} doesn't divide "
-                        f"hidden_size = {fields['hidden_size']}")
+        raise UserError(
+            f"CLIP config: num_attention_heads = {fields['num_attention_heads']} doesn't divide "
+            f"hidden_size = {fields['hidden_size']}")
     return cls(**fields)
 
 
 @dataclass
 class CLIPVisionConfig:
-    """Shape of an image tower. The defaults are those of ViT-L/14 at 336 pixels, LLaVA's and CCRA's."""
+    """Shape of an image tower. The defaults are those of ViT-L/14 at 336 pixels, LLaVA's and
+    CCRA's."""
     image_size: int = 336
     patch_size: int = 14
     hidden_size: int = 1024
@@ -237,14 +265,18 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, config):
-        """From a public vision_config or ours. What it leaves out is as in transformers, whose default is ViT-B/32."""
-        return _read(cls, config, dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
-                                       num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5))
+        """From a public vision_config or ours. What it leaves out is as in transformers, whose
+        default is ViT-B/32."""
+        return _read(
+            cls, config,
+            dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
+                 num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5))
 
 
 @dataclass
 class CLIPTextConfig:
-    """Shape of a text tower. eos_token_id is the end-of-text token, whose final state stands for the text."""
+    """Shape of a text tower. eos_token_id is the end-of-text token, whose final state stands for
+    the text."""
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -264,52 +296,61 @@ def _from_public(tower):
     return {tower_name(name): name for name, _ in tower.named_parameters()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The towers
 
 class CLIPVision(nn.Module):
-    """CLIP's image tower: a ViT with a class token (CLS), pre-norm blocks and one more norm before the first block."""
+    """CLIP's image tower: a ViT with a class token (CLS), pre-norm blocks and one more norm before
+    the first block."""
 
     def __init__(self, config):
         super().__init__()
         d, self.config = config.hidden_size, config
-        self.grid = config.image_size // config.patch_size                       # patches along one side
+        self.grid = config.image_size // config.patch_size                # patches along one side
         self.class_embedding = nn.Parameter(torch.empty(d))
-        self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size,
+                                         bias=False)
         self.position_embedding = nn.Parameter(torch.empty(1 + self.grid ** 2, d))
-        self.pre_layrnorm = nn.LayerNorm(d, eps=config.layer_norm_eps)           # the public name, typo included
+        # the public name, typo included
+        self.pre_layrnorm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(d, eps=config.layer_norm_eps)         # only `pooled` uses it
+        self.post_layernorm = nn.LayerNorm(d, eps=config.layer_norm_eps)  # only `pooled` uses it
         init_weights(self)
 
     def states(self, pixels, n_layers=None):
-        """The list which `forward` stacks; for whoever needs only its end and would pay for the copy."""
+        """The list which `forward` stacks; for whoever needs only its end and would pay for the
+        copy."""
         size, L = self.config.image_size, len(self.layers)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-            raise UserError(f"pixels are {tuple(pixels.shape)}, but this tower takes (B, 3, {size}, {size})")
+            raise UserError(
+                f"pixels are {tuple(pixels.shape)}, but this tower takes (B, 3, {size}, {size})")
         if n_layers is not None and not 0 <= n_layers <= L:
             raise UserError(f"{n_layers} layers were asked for, but this tower has {L}")
-        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))       # (B, d, grid, grid)
-        patches = patches.flatten(2).transpose(1, 2)                             # (B, N, d), row by row
-        cls = self.class_embedding.expand(len(pixels), 1, -1)                    # (B, 1, d)
-        x = torch.cat([cls, patches], dim=1) + self.position_embedding           # (B, 1 + N, d)
+        patches = self.patch_embedding(pixels.to(
+            self.patch_embedding.weight.dtype))  # (B, d, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)                         # (B, N, d), row by row
+        cls = self.class_embedding.expand(len(pixels), 1, -1)                # (B, 1, d)
+        x = torch.cat([cls, patches], dim=1) + self.position_embedding       # (B, 1 + N, d)
         hidden = [self.pre_layrnorm(x)]
         for block in self.layers[:n_layers]:
             hidden.append(block(hidden[-1]))
         return hidden
 
     def forward(self, pixels, n_layers=None):
-        """pixels (B, 3, size, size) -> hidden (L + 1, B, 1 + N, d), numbered as in transformers: hidden[0] goes into
-        the first block, hidden[l] comes out of block l, CLS first, no final norm. n_layers: stop after that many."""
+        """pixels (B, 3, size, size) -> hidden (L + 1, B, 1 + N, d), numbered as in transformers:
+        hidden[0] goes into the first block, hidden[l] comes out of block l, CLS first, no final
+        norm. n_layers: stop after that many."""
         return torch.stack(self.states(pixels, n_layers))
 
     def pooled(self, hidden):
-        """hidden (L + 1, B, 1 + N, d) -> (B, d): CLS after the last block, normed; what CLIP compares with texts."""
+        """hidden (L + 1, B, 1 + N, d) -> (B, d): CLS after the last block, normed; what CLIP
+        compares with texts."""
         return self.post_layernorm(hidden[-1][:, 0])
 
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None):
-        """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel, llava-hf's, ours."""
+        """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel,
+        llava-hf's, ours."""
         folder = Folder(dir)
         with weights.skeleton():
             tower = cls(CLIPVisionConfig.from_dict(folder.part("vision")))
@@ -317,7 +358,8 @@ class CLIPVision(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower: causal, learned positions, and one state per text: that of its end-of-text token."""
+    """CLIP's text tower: causal, learned positions, and one state per text: that of its end-of-text
+    token."""
 
     def __init__(self, config):
         super().__init__()
@@ -329,17 +371,21 @@ class CLIPText(nn.Module):
         init_weights(self)
 
     def forward(self, ids):
-        """ids (B, T), padded on the right -> states (B, T, d) after the final norm. Causal: padding needs no mask."""
+        """ids (B, T), padded on the right -> states (B, T, d) after the final norm. Causal: padding
+        needs no mask."""
         if ids.shape[1] > len(self.position_embedding):
-            raise UserError(f"a text of {ids.shape[1]} tokens, but there are {len(self.position_embedding)} positions")
-        x = self.token_embedding(ids) + self.position_embedding[:ids.shape[1]]   # (B, T, d)
+            raise UserError(
+                f"a text of {ids.shape[1]} tokens, but there are {len(self.position_embedding)} positions"
+            )
+        x = self.token_embedding(ids) + self.position_embedding[:ids.shape[1]]  # (B, T, d)
         for block in self.layers:
             x = block(x, causal=True)
         return self.final_layer_norm(x)
 
     def pooled(self, hidden, ids):
         """hidden (B, T, d), ids (B, T) -> (B, d): the state at the first end-of-text token."""
-        # OpenAI's config files say eos_token_id = 2, which is wrong but public; there end-of-text is the highest id.
+        # OpenAI's config files say eos_token_id = 2, which is wrong but public; there end-of-text
+        # is the highest id.
         eos = ids if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int()
         if eos is not ids and not eos.any(-1).all():
             raise UserError(f"a text without its end-of-text token {self.config.eos_token_id}")
@@ -347,7 +393,8 @@ class CLIPText(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, projected into one space where a picture lies near the text that describes it."""
+    """Both towers, projected into one space where a picture lies near the text that describes it.
+    """
 
     def __init__(self, vision, text, projection_dim=512):
         """vision: CLIPVisionConfig, text: CLIPTextConfig."""
@@ -357,7 +404,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
         nn.init.normal_(self.visual_projection.weight, std=vision.hidden_size ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=text.hidden_size ** -0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))        # log of the inverse temperature
+        # log of the inverse temperature
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels):
         """(B, 3, size, size) -> (B, projection_dim), not normalised."""
@@ -368,16 +416,19 @@ class CLIP(nn.Module):
         return self.text_projection(self.text.pooled(self.text(ids), ids))
 
     def forward(self, pixels, ids):
-        """Pictures (B, 3, size, size), texts (C, T) -> logits_per_image (B, C): exp(logit_scale) times the cosines."""
-        image = F.normalize(self.encode_image(pixels), dim=-1)                   # (B, projection_dim)
-        text = F.normalize(self.encode_text(ids), dim=-1)                        # (C, projection_dim)
+        """Pictures (B, 3, size, size), texts (C, T) -> logits_per_image (B, C): exp(logit_scale)
+        times the cosines."""
+        image = F.normalize(self.encode_image(pixels), dim=-1)  # (B, projection_dim)
+        text = F.normalize(self.encode_text(ids), dim=-1)  # (C, projection_dim)
         return self.logit_scale.exp() * image @ text.T
 
     def _public_names(self):
         """{public name: own name}"""
         names = {f"{tower}_model.{public}": f"{tower}.{name}" for tower in ("vision", "text")
                  for public, name in _from_public(getattr(self, tower)).items()}
-        return names | {name: name for name in ("visual_projection.weight", "text_projection.weight", "logit_scale")}
+        return names | {
+            name: name
+            for name in ("visual_projection.weight", "text_projection.weight", "logit_scale")}
 
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None):
@@ -385,17 +436,27 @@ class CLIP(nn.Module):
         folder = Folder(dir)
         with weights.skeleton():
             model = cls(CLIPVisionConfig.from_dict(folder.part("vision")),
-                        CLIPTextConfig.from_dict(folder.part("text")), folder.config.get("projection_dim", 512))
+                        CLIPTextConfig.from_dict(folder.part("text")),
+                        folder.config.get("projection_dim", 512))
         return folder.fill(model, dtype=dtype, device=device)
 
     def save_pretrained(self, dir):
-        """Writes a public CLIPModel folder, which transformers and the two from_pretrained here read."""
+        """Writes a public CLIPModel folder, which transformers and the two from_pretrained here
+        read."""
         width = self.visual_projection.out_features
         own = dict(self.named_parameters())
-        config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width,
-                  "vision_config": {"model_type": "clip_vision_model", **asdict(self.vision.config), **FIXED,
-                                    "projection_dim": width},
-                  # transformers' defaults for bos and pad may lie outside a small vocabulary; the tower uses neither
-                  "text_config": {"model_type": "clip_text_model", **asdict(self.text.config), "projection_dim": width,
-                                  "hidden_act": FIXED["hidden_act"], "bos_token_id": None, "pad_token_id": None}}
-        weights.save(dir, {public: own[name] for public, name in self._public_names().items()}, config)
+        config = {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": width,
+            "vision_config": {
+                "model_type": "clip_vision_model", **asdict(self.vision.config),
+                **FIXED, "projection_dim": width},
+            # transformers' defaults for bos and pad may lie outside a small vocabulary; the
+            # tower uses neither
+            "text_config": {
+                "model_type": "clip_text_model",
+                **asdict(self.text.config), "projection_dim": width,
+                "hidden_act": FIXED["hidden_act"], "bos_token_id": None, "pad_token_id": None}}
+        weights.save(dir, {public: own[name] for public, name in self._public_names().items()},
+                     config)

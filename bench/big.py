@@ -2,9 +2,9 @@
 
     python tests/big.py --llm vicuna-7b-v1.5 --folder /tmp/big --n 665000
 
-The records are invented: LLaVA's sources in their proportions, so many turns, so many words (padding.MIX). So are the
-pictures: 64 JPEGs of 640 x 480, under as many names as LLaVA's have (hard links), each shared by about two records.
-Nothing here is run by pytest.
+The records are invented: LLaVA's sources in their proportions, so many turns, so many words
+(padding.MIX). So are the pictures: 64 JPEGs of 640 x 480, under as many names as LLaVA's have (hard
+links), each shared by about two records. Nothing here is run by pytest.
 """
 import argparse
 import json
@@ -26,11 +26,13 @@ from training import (
     prepare,  # noqa: E402
 )
 
-WORDS = ("the of and a to in is you that it he was for on are as with his they at be this have from or one had by word "
-         "but not what all were we when your can said there use an each which she do how their if will up other about "
-         "out many then them these so some her would make like him into time has look two more write go see number no "
-         "way could people my than first water been call who its now find long down day did get come made may part "
-         "picture red left bicycle umbrella standing behind table kitchen answer using single phrase").split()
+WORDS = (
+    "the of and a to in is you that it he was for on are as with his they at be this have from or one had by word "
+    "but not what all were we when your can said there use an each which she do how their if will up other about "
+    "out many then them these so some her would make like him into time has look two more write go see number no "
+    "way could people my than first water been call who its now find long down day did get come made may part "
+    "picture red left bicycle umbrella standing behind table kitchen answer using single phrase"
+).split()
 
 
 def words(rng, ids):
@@ -40,22 +42,28 @@ def words(rng, ids):
 def conversation(rng, picture, turns, question, answer):
     said = []
     for _ in range(rng.randint(*turns)):
-        said += [{"from": "human", "value": words(rng, question)}, {"from": "gpt", "value": words(rng, answer)}]
+        said += [{"from": "human", "value": words(rng, question)},
+                 {"from": "gpt", "value": words(rng, answer)}]
     if picture:
         said[0]["value"] = "<image>\n" + said[0]["value"]
     return json.dumps(said)
 
 
 def records(n, rng, shared=1.8):
-    """n records of LLaVA's mix, shuffled, as text, with their pictures' paths: (text, path or None).
+    """n records of LLaVA's mix, shuffled, as text, with their pictures' paths: (text, path or
+    None).
 
-    A source has 1,000 conversations, again and again. A picture's number is below the source's records / shared.
+    A source has 1,000 conversations, again and again. A picture's number is below the source's
+    records / shared.
     """
     sources = list(padding.MIX.values())
     total = sum(count for _, count, *_ in sources)
-    texts = {source: [conversation(rng, source[0] is not None, *source[2:]) for _ in range(1000)] for source in sources}
+    texts = {
+        source: [conversation(rng, source[0] is not None, *source[2:]) for _ in range(1000)]
+        for source in sources}
     for i, source in enumerate(rng.choices(sources, [count for _, count, *_ in sources], k=n)):
-        path = source[0] and f"{source[0]}/{rng.randrange(1 + int(source[1] * n / total / shared)):012}.jpg"
+        path = source[
+            0] and f"{source[0]}/{rng.randrange(1 + int(source[1] * n / total / shared)):012}.jpg"
         image = f'"image": "{path}", ' if path else ""
         yield f'{{"id": "{i:012}", {image}"conversations": {rng.choice(texts[source])}}}', path
 
@@ -101,12 +109,14 @@ def memory(pid):
 
 
 def pictures(folder):
-    """Processor time for a picture, on one core: what prepare does with it, and what a training does."""
+    """Processor time for a picture, on one core: what prepare does with it, and what a training
+    does."""
     names = [f"{i}.jpg" for i in range(64)]
     for what, do in (("prepare", lambda name: prepare.look(folder, name, decode=False)),
                      ("prepare --decode", lambda name: prepare.look(folder, name, decode=True)),
                      ("decode in full", lambda name: open_image(folder / name)),
-                     ("to 336 pixels, padded", lambda name: preprocess(open_image(folder / name), 336, True))):
+                     ("to 336 pixels, padded",
+                      lambda name: preprocess(open_image(folder / name), 336, True))):
         do(names[0])
         tic = time.process_time()
         for name in names:
@@ -116,7 +126,8 @@ def pictures(folder):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--llm", required=True)
     p.add_argument("--folder", type=Path, required=True)
     p.add_argument("--n", type=int, default=665_000)
@@ -130,9 +141,11 @@ def main():
     torch.set_num_threads(1)
     pictures(args.folder / "images")
     tic, peak = time.perf_counter(), 0
-    run = subprocess.Popen([sys.executable, "data.py", "prepare", "--json", str(args.folder / "data.json"),
-                            "--images", str(args.folder / "images"), "--out", str(args.folder / "prepared"),
-                            "--llm", args.llm, *args.more])
+    run = subprocess.Popen([
+        sys.executable, "data.py", "prepare", "--json",
+        str(args.folder / "data.json"), "--images",
+        str(args.folder / "images"), "--out",
+        str(args.folder / "prepared"), "--llm", args.llm, *args.more])
     while run.poll() is None:
         try:
             peak = max(peak, memory(run.pid))
@@ -140,8 +153,9 @@ def main():
             pass
         time.sleep(0.5)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{time.perf_counter() - tic:.0f} s, processor time {used.ru_utime + used.ru_stime:.0f} s, "
-          f"peak memory of all processes together {peak / 1e9:.2f} GB")
+    print(
+        f"{time.perf_counter() - tic:.0f} s, processor time {used.ru_utime + used.ru_stime:.0f} s, "
+        f"peak memory of all processes together {peak / 1e9:.2f} GB")
     sys.exit(run.returncode)
 
 

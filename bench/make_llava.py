@@ -1,10 +1,12 @@
-"""Write a model of random weights at LLaVA-1.5-7B's real size, in the layout of llava-hf/llava-1.5-7b-hf.
+"""Write a model of random weights at LLaVA-1.5-7B's real size, in the layout of
+llava-hf/llava-1.5-7b-hf.
 
     python tests/make_llava.py --out out/llava-random                     14.1 GB, to measure what a 7B model costs
     python tests/make_llava.py --out out/llava-random --layers 4          the same widths, fewer layers
 
-Tensor after tensor goes straight into its file, so this needs the memory of one (0.5 GB in all). Weights are
-N(0, 0.02), norms 1 and biases 0, so that activations and logits stay finite in bfloat16. The answers are nonsense.
+Tensor after tensor goes straight into its file, so this needs the memory of one (0.5 GB in all).
+Weights are N(0, 0.02), norms 1 and biases 0, so that activations and logits stay finite in
+bfloat16. The answers are nonsense.
 """
 import argparse
 import json
@@ -24,29 +26,40 @@ from core.weights import INDEX, skeleton
 from fusers.llava import LLaVAConfig
 from llama import Llama, LlamaConfig
 
-DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "float32": (torch.float32, "F32")}
-STORED = 32064                                     # rows of the vocabulary with <image>, <pad> and padding
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"),
+    "float32": (torch.float32, "F32")}
+STORED = 32064                              # rows of the vocabulary with <image>, <pad> and padding
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """{public name: shape}, in the order of the hub's files: vision tower, projector, language model."""
+    """{public name: shape}, in the order of the hub's files: vision tower, projector, language
+    model."""
     with skeleton():
-        llm = LlamaConfig(STORED, 4096, 11008, layers, 32, rms_norm_eps=1e-5, max_position_embeddings=4096)
+        llm = LlamaConfig(STORED, 4096, 11008, layers, 32, rms_norm_eps=1e-5,
+                          max_position_embeddings=4096)
         model = VLM.build(CLIPVision(CLIPVisionConfig()), Llama(llm), LLaVAConfig())
     order = ("vision.", "projector.", "llm.")
-    return {llava_hf_name(name): tuple(p.shape) for part in order for name, p in model.named_parameters()
-            if name.startswith(part)}
+    return {
+        llava_hf_name(name): tuple(p.shape) for part in order
+        for name, p in model.named_parameters() if name.startswith(part)}
 
 
 def config(layers: int) -> dict:
     """The hub's, which leaves out the language model's sizes where they are LLaMA-7B's."""
-    text = {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": STORED}
-    vision = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-              "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
-    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 32000,
-            "pad_token_id": 32001, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default", "vision_config": vision,
-            "text_config": text if layers == 32 else {**text, "num_hidden_layers": layers}}
+    text = {
+        "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5,
+        "vocab_size": STORED}
+    vision = {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+        "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
+        "patch_size": 14, "projection_dim": 768}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "vision_config": vision,
+        "text_config": text if layers == 32 else {**text, "num_hidden_layers": layers}}
 
 
 def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -57,8 +70,10 @@ def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -
     return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02).cpu()
 
 
-def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, label: str, device: str, bar) -> None:
-    """A safetensors file: the header's length in 8 bytes, a table in JSON, then the tensors' bytes, one by one."""
+def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, label: str,
+                device: str, bar) -> None:
+    """A safetensors file: the header's length in 8 bytes, a table in JSON, then the tensors' bytes,
+    one by one."""
     table, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         end = at + math.prod(sizes[name]) * dtype.itemsize
@@ -74,14 +89,19 @@ def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, l
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
-    p.add_argument("--layers", type=int, default=32, help="of the language model (default: %(default)s)")
+    p.add_argument("--layers", type=int, default=32,
+                   help="of the language model (default: %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument("--shards", type=int, default=3, help="files (default: %(default)s, as on the hub)")
-    p.add_argument("--tokenizer", type=Path, help="a tokenizer.model of Llama 2 to put beside it; sample.py needs one")
+    p.add_argument("--shards", type=int, default=3,
+                   help="files (default: %(default)s, as on the hub)")
+    p.add_argument("--tokenizer", type=Path,
+                   help="a tokenizer.model of Llama 2 to put beside it; sample.py needs one")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu", help="that draws the numbers; a GPU draws others, faster")
+    p.add_argument("--device", default="cpu",
+                   help="that draws the numbers; a GPU draws others, faster")
     args = p.parse_args()
     torch.manual_seed(args.seed)
     sizes, (dtype, label) = shapes(args.layers), DTYPES[args.dtype]

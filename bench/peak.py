@@ -2,10 +2,11 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 torchrun --nproc_per_node=2 tests/peak.py --shard full
 
-Rows and weights are invented: 190 million random parameters, rows all as long as they may be. The code is train.py's
-and parallel.py's. Measured is how far the resident memory rises above what it was before the model was made, while it
-is shared out and during two steps. (The two settings make malloc give freed memory back; without, it is much more.)
-tests/test_plan.py runs this if NANOCCRA_BIG is set: it takes about 3 GB for each of two processes.
+Rows and weights are invented: 190 million random parameters, rows all as long as they may be. The
+code is train.py's and parallel.py's. Measured is how far the resident memory rises above what it
+was before the model was made, while it is shared out and during two steps. (The two settings make
+malloc give freed memory back; without, it is much more.) tests/test_plan.py runs this if
+NANOCCRA_BIG is set: it takes about 3 GB for each of two processes.
 """
 import argparse
 import ctypes
@@ -34,10 +35,13 @@ from training import (
 def build(args):
     """A VLM without numbers, as train.py prepares it for sharing."""
     with skeleton():
-        vision = CLIPVision(CLIPVisionConfig(image_size=112, hidden_size=256, intermediate_size=1024,
-                                             num_hidden_layers=6, num_attention_heads=4))
-        llm = Llama(LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
-                                num_attention_heads=16, rms_norm_eps=1e-5, max_position_embeddings=2048))
+        vision = CLIPVision(
+            CLIPVisionConfig(image_size=112, hidden_size=256, intermediate_size=1024,
+                             num_hidden_layers=6, num_attention_heads=4))
+        llm = Llama(
+            LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=2816,
+                        num_hidden_layers=12, num_attention_heads=16, rms_norm_eps=1e-5,
+                        max_position_embeddings=2048))
         model = VLM.build(vision, llm, CCRAConfig(text_dim=1024, vision_dim=256, n_layers=6))
     train.save_precision(train.freeze(model, 2), model, torch.bfloat16)
     if args.recompute:
@@ -52,17 +56,19 @@ def memory(what: str) -> int:
 
 
 def steps(model, args, n=2):
-    """n training steps on rows of args.max_length positions with a picture, a quarter of which is supervised. From the
-    second one on AdamW's moments are there while activations are."""
-    shared = sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad",
-                            sharding.layout(torch.device("cpu")))
+    """n training steps on rows of args.max_length positions with a picture, a quarter of which is
+    supervised. From the second one on AdamW's moments are there while activations are."""
+    shared = sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16,
+                            args.shard == "grad", sharding.layout(torch.device("cpu")))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     length, size = args.max_length - model.vision.grid ** 2 + 1, model.vision.config.image_size
     for _ in range(n):
         ids = torch.randint(3, 16000, (args.micro, length)).tolist()
-        rows = [dict(ids=[1, IMAGE_TOKEN, *row[2:]], query=row[2:66], pixels=torch.rand(3, size, size),
-                     labels=[IGNORE] * (length - args.max_length // 4) + row[-(args.max_length // 4):]) for row in ids]
+        rows = [
+            dict(ids=[1, IMAGE_TOKEN, *row[2:]], query=row[2:66], pixels=torch.rand(3, size, size),
+                 labels=[IGNORE] * (length - args.max_length // 4) + row[-(args.max_length // 4):])
+            for row in ids]
         loss = train.train_step(shared, [data.collate(rows)], torch.device("cpu"), torch.bfloat16)
         torch.nn.utils.get_total_norm([p.grad for p in trained])
         optimizer.step()
@@ -71,13 +77,15 @@ def steps(model, args, n=2):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shard", choices=("full", "grad"), default="full")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--micro", type=int, default=8)
     p.add_argument("--max-length", type=int, default=512)
     args = p.parse_args()
-    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()        # the ways that a GPU takes, as in plan.measure
+    # the ways that a GPU takes, as in plan.measure
+    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()
     rank, args.gpus, _ = distributed.join("cpu", threads=1)
     args.parallel = "fsdp"
     before = memory("VmRSS")
@@ -93,7 +101,9 @@ def main():
     distributed.leave()
     if rank == 0:
         kinds = plan.measure(build(args), args, args.micro)
-        print(json.dumps(dict(predicted=kinds["total"], measured=max(peaks), kinds=kinds, peaks=peaks)))
+        print(
+            json.dumps(dict(predicted=kinds["total"], measured=max(peaks), kinds=kinds,
+                            peaks=peaks)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from pathlib import Path
 from benchmarks.answers import expect, expect_rows, read_json
 from benchmarks.scores import SCORERS
 
-COLUMNS = dict(gqa="GQA", scienceqa="SQA", textvqa="TextVQA", vizwiz="VizWiz", mmbench="MMB-en", mmvet="MM-Vet",
-               seed="SEED-I", mmmu="MMMU", mme="MME-p", pope="POPE")
+COLUMNS = dict(gqa="GQA", scienceqa="SQA", textvqa="TextVQA", vizwiz="VizWiz", mmbench="MMB-en",
+               mmvet="MM-Vet", seed="SEED-I", mmmu="MMMU", mme="MME-p", pope="POPE")
 REPORTED = {            # as printed in the paper; letters: see NOTES
     "LLaVA-v1.5-7B (a)": "61.9 67.1 58.1 53.2 63.9 32.8 67.2 34.9 1480.6 86.9",
     "LLaVA-v1.5-13B": "63.3 71.0 61.3 53.6 67.7 36.1 68.2 34.9 - 87.2",
@@ -44,7 +44,8 @@ def show(files: list[Path]) -> None:
         content = read_json(file, dict, what)
         expect_rows([content], file, what, tasks=dict, model=str, weights=str, limit=int)
         expect(content["tasks"].keys() <= SCORERS.keys(), file, what)
-        expect_rows(content["tasks"].values(), file, what, score=(float, int, type(None)), interval=(list, type(None)))
+        expect_rows(content["tasks"].values(), file, what, score=(float, int, type(None)),
+                    interval=(list, type(None)))
         results.append(content)
     print(f"{'reported':32}" + "".join(f"{name:>14}" for name in COLUMNS.values()))
     for name, row in REPORTED.items():
@@ -53,5 +54,6 @@ def show(files: list[Path]) -> None:
     for content in results:
         name = f"{Path(content['model']).name} {content['weights'][7:15]}"
         name += f" (first {content['limit']})" if content["limit"] else ""
-        print(f"{name:32}" + "".join(f"{figure(content['tasks'].get(task)):>14}" for task in COLUMNS))
+        print(f"{name:32}" + "".join(f"{figure(content['tasks'].get(task)):>14}"
+                                     for task in COLUMNS))
     print("\n" + NOTES)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 @lru_cache(maxsize=None)
 def font(size: int):
-    return ImageFont.load_default(size)     # comes with Pillow, so a picture looks the same everywhere
+    return ImageFont.load_default(size)  # comes with Pillow, so a picture looks the same everywhere
 
 
 # --------------------------------------------------------------------------------------------------
@@ -19,8 +19,9 @@ def font(size: int):
 def oklch(L, C, h) -> np.ndarray:
     """Lightness, chroma and hue (radians) in OKLab (Ottosson 2020) -> sRGB (..., 3) of 8 bits."""
     a, b = C * np.cos(h), C * np.sin(h)
-    l, m, s = (np.asarray(L + p * a + q * b) ** 3 for p, q in
-               ((0.3963377774, 0.2158037573), (-0.1055613458, -0.0638541728), (-0.0894841775, -1.2914855480)))
+    l, m, s = (np.asarray(L + p * a + q * b)**3
+               for p, q in ((0.3963377774, 0.2158037573), (-0.1055613458, -0.0638541728),
+                            (-0.0894841775, -1.2914855480)))
     rgb = np.stack([4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
                     -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
                     -0.0041960863 * l - 0.7034186147 * m + 1.7076147010 * s], -1).clip(0, 1)
@@ -29,8 +30,8 @@ def oklch(L, C, h) -> np.ndarray:
 
 
 def colour_map(n: int = 256) -> np.ndarray:
-    """(n, 3) uint8, from dark blue by red to pale yellow. Lightness rises evenly, so equal steps look equal, and a
-    grey print has them still; the chroma stays inside sRGB all along."""
+    """(n, 3) uint8, from dark blue by red to pale yellow. Lightness rises evenly, so equal steps
+    look equal, and a grey print has them still; the chroma stays inside sRGB all along."""
     t = np.linspace(0, 1, n)
     return oklch(0.2 + 0.75 * t, 0.11 + 0.05 * np.sin(np.pi * t), np.radians(280 + 185 * t))
 
@@ -45,14 +46,17 @@ def hues(n: int) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures. Every piece is a picture of the size it needs, put into rows and columns: nothing can overlap or be cut off.
+# Pictures. Every piece is a picture of the size it needs, put into rows and columns: nothing can
+# overlap or be cut off.
 
 TILE, GAP, TEXT, SMALL = 224, 14, 15, 12
 INK, FAINT, PAPER = (30, 30, 34), (125, 125, 130), (255, 255, 255)
 
 
 def stack(images, down: bool, gap: int):
-    ends = [sum((i.height if down else i.width) + gap for i in images[:n]) for n in range(len(images) + 1)]
+    ends = [
+        sum((i.height if down else i.width) + gap for i in images[:n])
+        for n in range(len(images) + 1)]
     widest = max(i.width if down else i.height for i in images)
     sheet = Image.new("RGB", (widest, ends[-1] - gap) if down else (ends[-1] - gap, widest), PAPER)
     for image, at in zip(images, ends):
@@ -77,9 +81,9 @@ def framed(image):
 
 
 def text(chunks, width: int, size=TEXT, ink=INK) -> Image.Image:
-    """Chunks of text, [(string, colour of the ground or None)], set in lines of a width. A string is one plain chunk
-    for each of its words. What is too long for a line is broken anywhere. Pillow's own font knows ASCII and little more
-    (the explorer shows any text)."""
+    """Chunks of text, [(string, colour of the ground or None)], set in lines of a width. A string
+    is one plain chunk for each of its words. What is too long for a line is broken anywhere.
+    Pillow's own font knows ASCII and little more (the explorer shows any text)."""
     if isinstance(chunks, str):
         chunks = [(word + " ", None) for word in chunks.split()]
     letters, height, x, y, placed = font(size), round(1.5 * size), 0, 0, []
@@ -88,7 +92,9 @@ def text(chunks, width: int, size=TEXT, ink=INK) -> Image.Image:
         while string:
             if x and x + letters.getlength(string.rstrip()) > width:
                 x, y, string = 0, y + height, string.lstrip()
-            n = bisect_right(range(1, len(string) + 1), width, key=lambda n: letters.getlength(string[:n].rstrip()))
+            n = bisect_right(range(1,
+                                   len(string) + 1), width,
+                             key=lambda n: letters.getlength(string[:n].rstrip()))
             n = max(1, n)
             placed.append((x, y, string[:n], ground))
             x, string = x + letters.getlength(string[:n]), string[n:]

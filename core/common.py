@@ -1,4 +1,5 @@
-"""What every program here needs, with or without torch: the error for users, JSON, atomic writes, locks."""
+"""What every program here needs, with or without torch: the error for users, JSON, atomic writes,
+locks."""
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:                     # Windows has no such locks: there two runs can meet in a folder
+except ImportError:                 # Windows has no such locks: there two runs can meet in a folder
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent        # of the repository
@@ -76,7 +77,8 @@ def read_config(dir: str | Path) -> dict:
     """The config.json of a model's folder. UserError if there is no such folder or file."""
     dir = Path(dir)
     if not dir.is_dir():
-        raise UserError(f"{dir}: no such folder (models are read from local folders; download it first)")
+        raise UserError(
+            f"{dir}: no such folder (models are read from local folders; download it first)")
     if not (dir / "config.json").is_file():
         raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
     return read_json(dir / "config.json")

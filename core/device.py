@@ -4,7 +4,8 @@ import torch
 
 from core.common import UserError
 
-BIG = 1e9              # bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
+# bytes from which on a model is loaded with a progress bar, and kept on CPUs as it is stored
+BIG = 1e9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12,14 +13,17 @@ BIG = 1e9              # bytes from which on a model is loaded with a progress b
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes cuda, then mps, then cpu. A device that was asked for by name and isn't there is a UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto` takes cuda, then mps, then cpu. A device that was asked for by name and isn't there is
+    a UserError."""
+    there = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, here in there.items() if here))
     kind, _, index = name.partition(":")
     if kind not in there or (index and not index.isdecimal()):
         raise UserError(f"no such device: {name!r} (choose auto, cpu, mps, cuda or cuda:N)")
-    if not there[kind] or (index and int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
+    if not there[kind] or (index
+                           and int(index) >= (torch.cuda.device_count() if kind == "cuda" else 1)):
         raise UserError(f"device {name} is not available here (use --device auto)")
     return torch.device(name)
 
@@ -27,7 +31,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it fast, float32 elsewhere.
 
-    A CPU without AMX or AVX512-BF16 emulates bfloat16 matrix products, tens of times slower than float32.
+    A CPU without AMX or AVX512-BF16 emulates bfloat16 matrix products, tens of times slower than
+    float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -39,8 +44,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def pick_dtype(name: str, device: torch.device, nbytes: int) -> torch.dtype | None:
-    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except that on a CPU a
-    model below BIG becomes float32, which is faster there (half precision is emulated) and still fits."""
+    """What to run a model of nbytes in, for `load`: None is as stored. `auto` is as stored, except
+    that on a CPU a model below BIG becomes float32, which is faster there (half precision is
+    emulated) and still fits."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in ("auto", *named):
         raise UserError(f"no such number format: {name!r} (choose auto, {', '.join(named)})")

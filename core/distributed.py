@@ -14,7 +14,8 @@ from core.device import pick_device
 def join(device="auto", threads=0):
     """(rank, number of processes, device): those that torchrun started, or this process alone.
 
-    threads: CPU threads of this process (0: torch's choice alone, an even share of the cores under torchrun).
+    threads: CPU threads of this process (0: torch's choice alone, an even share of the cores under
+    torchrun).
     """
     rank, size, local = (int(os.environ.get(key, default)) for key, default in
                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -40,7 +41,8 @@ def leave():
     """Whoever leaves while others still talk takes them down with it, so all leave together."""
     if dist.is_initialized():
         dist.barrier()
-        time.sleep(0.5)         # ... and those on their way out of the barrier, too (gloo aborted one run in about 35)
+        # ... and those on their way out of the barrier, too (gloo aborted one run in about 35)
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 

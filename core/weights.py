@@ -1,13 +1,16 @@
-"""Weights on disk: find them, rename them, check every one of them, put them into a module, write them back.
+"""Weights on disk: find them, rename them, check every one of them, put them into a module, write
+them back.
 
-All models here read and write the public layout: a folder with config.json and safetensors files (older ones: pickles,
-.bin), where each tensor has the name that Hugging Face's transformers gave it. formats.py knows how a public name maps
-to ours (`rename`) and which public tensors are of no use (`unneeded`); everything else is done by `load`, which is
-strict. A tensor that is missing, unknown, twice there or of the wrong shape ends the program with one line that names
-it. A model with one layer left at random looks almost right, and that costs days; an error costs a minute.
+All models here read and write the public layout: a folder with config.json and safetensors files
+(older ones: pickles, .bin), where each tensor has the name that Hugging Face's transformers gave
+it. formats.py knows how a public name maps to ours (`rename`) and which public tensors are of no
+use (`unneeded`); everything else is done by `load`, which is strict. A tensor that is missing,
+unknown, twice there or of the wrong shape ends the program with one line that names it. A model
+with one layer left at random looks almost right, and that costs days; an error costs a minute.
 
-Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in where it is used,
-and what is written to it later never reaches the file. So a large model is there at once, without a second copy.
+Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in
+where it is used, and what is written to it later never reaches the file. So a large model is there
+at once, without a second copy.
 
 Also here, because every file needs it: the choice of a device.
 """
@@ -44,17 +47,20 @@ def is_zip(path: Path) -> bool:
 def unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, mapped if the format allows it.
 
-    A pickle is a program. torch.load(weights_only=True) runs none of it but what makes plain data; a file that wants
-    more, is cut short or holds anything but named tensors is a UserError.
+    A pickle is a program. torch.load(weights_only=True) runs none of it but what makes plain data;
+    a file that wants more, is cut short or holds anything but named tensors is a UserError.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    except Exception as e:       # on bad bytes it raises UnpicklingError, RuntimeError, EOFError, IndexError and others
+    # on bad bytes it raises UnpicklingError, RuntimeError, EOFError, IndexError and others
+    except Exception as e:
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        refused = lines[0].startswith("Weights only load failed") and len(lines) > 1       # the reason stands below
+        # the reason stands below
+        refused = lines[0].startswith("Weights only load failed") and len(lines) > 1
         reason = lines[refused].split(". ")[0].strip()
-        raise UserError(f"{path}: not a complete file of plain tensors ({reason}); download it again, or get its "
-                        "safetensors") from e
+        raise UserError(
+            f"{path}: not a complete file of plain tensors ({reason}); download it again, or get its "
+            "safetensors") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
@@ -65,35 +71,42 @@ def unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems than Linux do so
-    when memory runs short.) Never for memory that isn't a file's, and never after writing to it."""
+    """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems
+    than Linux do so when memory runs short.) Never for memory that isn't a file's, and never after
+    writing to it."""
     if sys.platform == "linux":
         page = mmap.PAGESIZE
-        start = -(-tensor.data_ptr() // page) * page         # inwards: the outermost pages have other owners, too
+        # inwards: the outermost pages have other owners, too
+        start = -(-tensor.data_ptr() // page) * page
         end = (tensor.data_ptr() + tensor.nbytes) // page * page
         if end > start:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start),
+                                      mmap.MADV_DONTNEED)
 
 
 class Tensors(Mapping):
-    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one tensor.
+    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one
+    tensor.
 
-    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither, pytorch_model.bin
-    or its index with shards. Opening checks that every file is complete and that index and shards agree about who
-    holds what, so nothing can go wrong halfway through a load.
+    Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither,
+    pytorch_model.bin or its index with shards. Opening checks that every file is complete and that
+    index and shards agree about who holds what, so nothing can go wrong halfway through a load.
     """
 
     def __init__(self, dir: str | Path):
         self.dir = Path(dir)
-        self.handles: dict[Path, safe_open | dict] = {}          # file -> open file
-        self.files: dict[str, Path] = {}                         # tensor -> file that holds it
+        self.handles: dict[Path, safe_open | dict] = {}         # file -> open file
+        self.files: dict[str, Path] = {}                        # tensor -> file that holds it
         there = [store for store in STORES if any((self.dir / name).is_file() for name in store)]
         if not there:
             names = ", ".join(name for store in STORES for name in store)
             raise UserError(f"{self.dir}: no weights here (looked for {names})")
-        single, index = (self.dir / name for name in there[0])   # the hub often keeps .bin beside safetensors
+        # the hub often keeps .bin beside safetensors
+        single, index = (self.dir / name for name in there[0])
         if single.is_file() and index.is_file():
-            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated")
+            raise UserError(
+                f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated"
+            )
         table = self._read_index(index) if index.is_file() else None
         for path in [single] if table is None else sorted(set(table.values())):
             self._open(path)
@@ -106,8 +119,9 @@ class Tensors(Mapping):
         if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
             raise UserError(f'{path}: no "weight_map" from tensor names to file names')
         for name, file in table.items():
-            if Path(file).name != file:                # an index must not reach out of its folder
-                raise UserError(f"{path}: {name} is said to be in {file!r}, which is not a plain file name")
+            if Path(file).name != file:              # an index must not reach out of its folder
+                raise UserError(
+                    f"{path}: {name} is said to be in {file!r}, which is not a plain file name")
         return {name: path.parent / file for name, file in table.items()}
 
     def _open(self, path: Path) -> None:
@@ -118,8 +132,11 @@ class Tensors(Mapping):
         else:
             try:
                 self.handles[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as e:    # cut short by a broken download, or not safetensors at all
-                raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy it again") from e
+            # cut short by a broken download, or not safetensors at all
+            except (SafetensorError, OSError) as e:
+                raise UserError(
+                    f"{path}: not a complete safetensors file ({e}); download or copy it again"
+                ) from e
         for name in self.handles[path].keys():
             if name in self.files:
                 raise UserError(f"{path}: {name} is also in {self.files[name].name}")
@@ -128,14 +145,16 @@ class Tensors(Mapping):
     def _compare(self, table: dict[str, Path], index: Path) -> None:
         for name, path in table.items():
             if self.files.get(name) != path:
-                raise UserError(f"{index}: says that {name} is in {path.name}, but that file doesn't hold it")
+                raise UserError(
+                    f"{index}: says that {name} is in {path.name}, but that file doesn't hold it")
         for name, path in self.files.items():
             if name not in table:
                 raise UserError(f"{path}: holds {name}, which {index.name} doesn't list")
 
     def __getitem__(self, name: str) -> Tensor:
         handle = self.handles[self.files[name]]
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)     # mapped either way
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(
+            name)  # mapped either way
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -157,13 +176,15 @@ class Tensors(Mapping):
 
     def drop(self, name: str) -> None:
         """The tensor was read and copied: its pages may go."""
-        if self.file(name).suffix == ".safetensors" or is_zip(self.file(name)):          # so it is mapped
+        if self.file(name).suffix == ".safetensors" or is_zip(self.file(name)):    # so it is mapped
             drop_pages(self[name])
 
 
 def stored_files(dir: str | Path) -> list[Path]:
     """The files of the folder's weights: those that would be loaded."""
-    return next(filter(None, (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
+    return next(
+        filter(None,
+               (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
 
 
 def stored_bytes(dir: str | Path) -> int:
@@ -171,7 +192,8 @@ def stored_bytes(dir: str | Path) -> int:
 
 
 class _NoNumbers(TorchFunctionMode):
-    """torch.nn.init does nothing: on meta it would import torch's compiler, 1.6 seconds, to draw no numbers."""
+    """torch.nn.init does nothing: on meta it would import torch's compiler, 1.6 seconds, to draw no
+    numbers."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -181,26 +203,30 @@ class _NoNumbers(TorchFunctionMode):
 
 @contextmanager
 def skeleton():
-    """`with skeleton():` builds modules for `load` to fill: shapes without memory and without initial values."""
+    """`with skeleton():` builds modules for `load` to fill: shapes without memory and without
+    initial values."""
     with torch.device("meta"), _NoNumbers():
         yield
 
 
-def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None], unneeded: tuple[str, ...] = (),
-         dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None],
+         unneeded: tuple[str, ...] = (), dtype: torch.dtype | None = None,
+         device: str | torch.device | None = None) -> nn.Module:
     """Fill a module that was built under `with skeleton()`, tensor by tensor. Returns it.
 
-    rename: public name -> name in the module, or None for a name it doesn't know.
-    unneeded: shell patterns of public names that are known and left out. Anything else must land in the module.
-    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has, and costs no memory).
-    A part of the module that is filled already, so isn't on meta any more, isn't missing.
-    Raises UserError naming tensor and file when something is missing, unknown, twice there or of another shape.
+    rename: public name -> name in the module, or None for a name it doesn't know. unneeded: shell
+    patterns of public names that are known and left out. Anything else must land in the module.
+    dtype, device: of the filled module; floating tensors are cast (None keeps what the file has,
+    and costs no memory). A part of the module that is filled already, so isn't on meta any more,
+    isn't missing. Raises UserError naming tensor and file when something is missing, unknown, twice
+    there or of another shape.
     """
-    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    owners: dict[int, list[str]] = {}                  # a tied weight is one tensor under several names
+    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}              # a tied weight is one tensor under several names
     for name, tensor in targets.items():
         owners.setdefault(id(tensor), []).append(name)
-    plan: dict[str, str] = {}                          # name in the module -> public name
+    plan: dict[str, str] = {}                      # name in the module -> public name
     unknown, misshapen = [], []
     for public in tensors:
         if any(fnmatchcase(public, pattern) for pattern in unneeded):
@@ -211,27 +237,35 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
             continue
         first = owners[id(targets[name])][0]
         if first in plan:
-            raise UserError(f"{tensors.dir}: {public} in {where} and {plan[first]} in {tensors.file(plan[first]).name} "
-                            f"are both meant for {first}")
+            raise UserError(
+                f"{tensors.dir}: {public} in {where} and {plan[first]} in {tensors.file(plan[first]).name} "
+                f"are both meant for {first}")
         plan[first] = public
         if tensors.shape(public) != tuple(targets[name].shape):
-            misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}")
-    missing = [names[0] for names in owners.values() if names[0] not in plan and targets[names[0]].is_meta]
-    faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-              for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)) if names]
+            misshapen.append(
+                f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}"
+            )
+    missing = [
+        names[0] for names in owners.values() if names[0] not in plan and targets[names[0]].is_meta]
+    faults = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        if names]
     if faults:
-        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
+        raise UserError(
+            f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
 
     total, seen = sum(map(tensors.nbytes, plan.values())), set()
     # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
-    with tqdm(desc=f"loading {tensors.dir.name}", total=total, unit="B", unit_scale=True, file=sys.stderr,
-              disable=None if total >= BIG else True, leave=False) as bar:
+    with tqdm(desc=f"loading {tensors.dir.name}", total=total, unit="B", unit_scale=True,
+              file=sys.stderr, disable=None if total >= BIG else True, leave=False) as bar:
         for first, public in plan.items():
             old, stored = targets[first], tensors[public]
-            new = stored.to(device=device, dtype=dtype if stored.is_floating_point() else None).contiguous()
+            new = stored.to(device=device,
+                            dtype=dtype if stored.is_floating_point() else None).contiguous()
             if new.data_ptr() != stored.data_ptr():
                 tensors.drop(public)
-            elif new.data_ptr() in seen:               # an old pickle may keep one memory under two names
+            elif new.data_ptr() in seen:         # an old pickle may keep one memory under two names
                 new = new.clone()
             seen.add(new.data_ptr())
             if isinstance(old, nn.Parameter):
@@ -254,10 +288,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_beside(path, write)
 
 
-def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard_bytes: float = 5e9) -> None:
-    """Write the tensors (public names) and config.json to `dir`; in shards, with an index, beyond max_shard_bytes.
+def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
+         max_shard_bytes: float = 5e9) -> None:
+    """Write the tensors (public names) and config.json to `dir`; in shards, with an index, beyond
+    max_shard_bytes.
 
-    A tied weight goes in once: safetensors refuses two names for one memory. UserError if it can't be written.
+    A tied weight goes in once: safetensors refuses two names for one memory. UserError if it can't
+    be written.
     """
     dir = Path(dir)
     if dir.exists() and not dir.is_dir():
@@ -273,7 +310,8 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard
     files = [SINGLE] if len(shards) == 1 else \
             [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(files) > 1:
-        (dir / INDEX).unlink(missing_ok=True)              # a kill shall not leave old and new shards that look whole
+        # a kill shall not leave old and new shards that look whole
+        (dir / INDEX).unlink(missing_ok=True)
     for file, names in zip(files, shards):
         content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
         # transformers wants the format tag; without it, it refuses the file
@@ -283,4 +321,5 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict, max_shard
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
         write_json(dir / INDEX, index)
     write_json(dir / "config.json", config)
-    (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)   # the entry point of an earlier save
+    # the entry point of an earlier save
+    (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)

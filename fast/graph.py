@@ -1,9 +1,10 @@
 """Decoding on a GPU: the work of one token, recorded once and replayed for every other.
 
-A new token is 900 small pieces of work. A GPU needs milliseconds for all of them, but Python takes tens of them to
-hand them over one by one, so the GPU waits. A CUDA graph is a recording of them, handed over at once. It reads and
-writes the same memory each time, at shapes that never change. So what differs from token to token stands in tensors
-here: the embedding, the place in the cache, who may be looked at.
+A new token is 900 small pieces of work. A GPU needs milliseconds for all of them, but Python takes
+tens of them to hand them over one by one, so the GPU waits. A CUDA graph is a recording of them,
+handed over at once. It reads and writes the same memory each time, at shapes that never change. So
+what differs from token to token stands in tensors here: the embedding, the place in the cache, who
+may be looked at.
 """
 import torch
 from torch import Tensor
@@ -19,34 +20,38 @@ class Whole:
         self.cache, self.at, self.length = cache, at, cache.room - 1
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, n_kv, 1, hd) -> a layer's keys and values, (B, n_kv, room, hd), most of them of no meaning yet."""
+        """k, v (B, n_kv, 1, hd) -> a layer's keys and values, (B, n_kv, room, hd), most of them of
+        no meaning yet."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         return keys.index_copy_(2, self.at, k), values.index_copy_(2, self.at, v)
 
 
 class Replay:
-    """Logits of a Llama for one position after another, as `hidden` and `lm_head` give them with the cache. On a CPU
-    nothing is recorded, for the tests: the same work, each time anew."""
+    """Logits of a Llama for one position after another, as `hidden` and `lm_head` give them with
+    the cache. On a CPU nothing is recorded, for the tests: the same work, each time anew."""
 
     def __init__(self, llm, cache, mask: Tensor | None):
-        """cache: with what came so far; mask (B, cache.length or more) bool: what of that is real, None: all of it."""
+        """cache: with what came so far; mask (B, cache.length or more) bool: what of that is real,
+        None: all of it."""
         self.llm, self.cache, self.graph = llm, cache, None
-        for memory in (*cache.keys, *cache.values):        # a NaN that nobody looks at still is one times zero
+        # a NaN that nobody looks at still is one times zero
+        for memory in (*cache.keys, *cache.values):
             memory[:, :, cache.length:] = 0
         weight, B = llm.embed_tokens.weight, len(cache.values[0])
-        self.embeds = weight.new_zeros(B, 1, weight.shape[1])                        # (B, 1, D)
-        self.shown = weight.new_zeros(B, cache.room, dtype=torch.bool)               # (B, room)
+        self.embeds = weight.new_zeros(B, 1, weight.shape[1])           # (B, 1, D)
+        self.shown = weight.new_zeros(B, cache.room, dtype=torch.bool)  # (B, room)
         self.shown[:, :cache.length] = True if mask is None else mask[:, :cache.length]
-        self.positions = self.shown.sum(1, keepdim=True)                             # (B, 1), the next token's
+        self.positions = self.shown.sum(1, keepdim=True)                # (B, 1), the next token's
         self.shown[:, cache.length] = True
-        self.at = torch.tensor([cache.length], device=weight.device)                 # (1), where it comes to stand
+        self.at = torch.tensor([cache.length], device=weight.device)  # (1), where it comes to stand
         if weight.device.type == "cuda":
             self._record(torch.cuda.current_stream(), torch.cuda.Stream())
 
     def _record(self, usual, aside):
         aside.wait_stream(usual)
         with torch.cuda.stream(aside):
-            self._work()         # once before, for what libraries set up when first used; what it writes is replaced
+            # once before, for what libraries set up when first used; what it writes is replaced
+            self._work()
         usual.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

@@ -11,34 +11,41 @@ from torch import Tensor, nn
 def keep_memory(device: torch.device) -> None:
     """Let this process keep, for its next tensors on a CPU, the memory of those that are gone.
 
-    Else glibc gives large pieces back to Linux and asks for them anew, which then zeroes them page by page: a tenth of
-    the time that a prompt takes. Where there is no glibc, or another device: nothing.
+    Else glibc gives large pieces back to Linux and asks for them anew, which then zeroes them page
+    by page: a tenth of the time that a prompt takes. Where there is no glibc, or another device:
+    nothing.
     """
-    if device.type == "cpu" and sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if device.type == "cpu" and sys.platform.startswith("linux") and hasattr(
+            libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2 ** 30)        # M_MMAP_THRESHOLD: pieces up to 1 GB come from the heap
         libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD: whose free end stays
 
 
-# Linux's MADV_HUGEPAGE, MADV_DONTNEED, MADV_PAGEOUT (5.4) and MADV_POPULATE_READ (5.14), and their sizes of a page
+# Linux's MADV_HUGEPAGE, MADV_DONTNEED, MADV_PAGEOUT (5.4) and MADV_POPULATE_READ (5.14), and their
+# sizes of a page
 HUGE, FORGET, DROP, FETCH = (14, 2 ** 21), (4, 2 ** 12), (21, 2 ** 12), (22, 2 ** 12)
 
 
 def advise(tensor: Tensor, advice: tuple[int, int], mapped: bool = False) -> None:
-    """Tell Linux something about all whole pages of a tensor; if mapped, only where they are those of a file.
+    """Tell Linux something about all whole pages of a tensor; if mapped, only where they are those
+    of a file.
 
-    HUGE, for memory that is filled next: in pages of 2 MB `Columns` is laid out and read faster. Elsewhere: nothing.
+    HUGE, for memory that is filled next: in pages of 2 MB `Columns` is laid out and read faster.
+    Elsewhere: nothing.
     """
     if not sys.platform.startswith("linux"):
         return
     code, page = advice
-    start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() +
+                                                        tensor.nbytes) // page * page
     if start < end and (not mapped or _is_file(start, end)):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), code)
 
 
 def fetch(module: nn.Module) -> None:
-    """Map all of a module's weights now, where they are in a mapped file. To be stopped for a few pages at a time, as a
-    first prompt comes to them, takes several times as long: a second of a 7B model's twelve."""
+    """Map all of a module's weights now, where they are in a mapped file. To be stopped for a few
+    pages at a time, as a first prompt comes to them, takes several times as long: a second of a 7B
+    model's twelve."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda weight: advise(weight, FETCH), module.parameters()))
 
@@ -53,13 +60,16 @@ def _is_file(start: int, end: int) -> bool:
 
 
 def forget(weight: Tensor, short: bool = False) -> None:
-    """Take a weight that was read from a mapped file, and won't be again, out of this process's memory.
+    """Take a weight that was read from a mapped file, and won't be again, out of this process's
+    memory.
 
-    Pages of a file stay resident as long as the file is mapped, and it is: the embeddings are in it, too. The content
-    isn't lost; whoever looks after all gets it from the file again. Memory that is no file's is left alone.
+    Pages of a file stay resident as long as the file is mapped, and it is: the embeddings are in
+    it, too. The content isn't lost; whoever looks after all gets it from the file again. Memory
+    that is no file's is left alone.
 
-    short: out of Linux's memory, too, where it would wait for the file's next reader. When there is no room for both
-    it must go for what is laid out next anyway; gone before, it leaves 2 MB in one piece more often.
+    short: out of Linux's memory, too, where it would wait for the file's next reader. When there is
+    no room for both it must go for what is laid out next anyway; gone before, it leaves 2 MB in one
+    piece more often.
     """
     if short:
         advise(weight, DROP, mapped=True)
@@ -68,4 +78,5 @@ def forget(weight: Tensor, short: bool = False) -> None:
 
 def holds(size: int) -> bool:
     """Whether this machine's memory has so many bytes at all. (Yes, where one can't ask.)"""
-    return not hasattr(os, "sysconf") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= size
+    return not hasattr(
+        os, "sysconf") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= size

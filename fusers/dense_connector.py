@@ -11,7 +11,8 @@ DENSE = ("sti", "sci", "dci")
 
 @dataclass
 class DenseConnectorConfig:
-    """kind: sti adds tokens, sci channels of two layers, dci channels of two means (its authors' default)."""
+    """kind: sti adds tokens, sci channels of two layers, dci channels of two means (its authors'
+    default)."""
     vision_dim: int = 1024
     n_layers: int = 24
     kind: str = "dci"
@@ -35,16 +36,19 @@ class DenseConnector(nn.Module):
         L, self.config, self.n_blocks = config.n_layers, config, config.n_layers - 1
         self.width = config.vision_dim * (1 if config.kind == "sti" else 3)
         low, high = at(7, L), at(15, L)
-        two = [(0, L // 2), (L // 2, L)] if config.kind == "dci" else [(low, low + 1), (high, high + 1)]
+        two = [(0, L // 2), (L // 2, L)] if config.kind == "dci" else [(low, low + 1),
+                                                                       (high, high + 1)]
         self.groups = [(L - 1, L), *two]
 
     def rows(self, N: int) -> int:
         return N + 2 * (N // 8) if self.config.kind == "sti" else N
 
-    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
+                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
         """-> (B, N, 3d), but (B, N + 2 (N // 8), d) for sti; no maps."""
-        last, *two = [average(hidden, *group) for group in self.groups]                  # each (B, N, d)
+        last, *two = [average(hidden, *group) for group in self.groups]             # each (B, N, d)
         if self.config.kind != "sti":
             return torch.cat([last, *two], dim=-1), {}
-        two = [nn.functional.avg_pool1d(x.transpose(1, 2), 8).transpose(1, 2) for x in two]     # (B, N // 8, d)
+        two = [nn.functional.avg_pool1d(x.transpose(1, 2), 8).transpose(1, 2)
+               for x in two]  # (B, N // 8, d)
         return torch.cat([last, *two], dim=1), {}

@@ -13,7 +13,8 @@ from fusers.common import whole
 
 @dataclass
 class IGVAConfig:
-    """text_dim: width of the sentence's vector. Its authors' is 768; with ours, the language model's."""
+    """text_dim: width of the sentence's vector. Its authors' is 768; with ours, the language
+    model's."""
     text_dim: int = 4096
     vision_dim: int = 1024
     n_layers: int = 24
@@ -25,7 +26,9 @@ class IGVAConfig:
         whole(self, text_dim=1, vision_dim=1, groups=2, blocks=1, heads=1)
         whole(self, n_layers=self.groups)
         if self.vision_dim % self.heads:
-            raise UserError(f"IGVA: vision_dim = {self.vision_dim} should be a multiple of heads = {self.heads}")
+            raise UserError(
+                f"IGVA: vision_dim = {self.vision_dim} should be a multiple of heads = {self.heads}"
+            )
 
 
 class AllocatorBlock(nn.Module):
@@ -44,15 +47,18 @@ class AllocatorBlock(nn.Module):
 
 
 class IGVA(nn.Module):
-    """Instruction-guided vision aggregator (Li et al., 2025): the question shares out weight among groups of layers.
+    """Instruction-guided vision aggregator (Li et al., 2025): the question shares out weight among
+    groups of layers.
 
-    Of 24 blocks: 1..6, 7..12, 13..18, 19..24, each averaged. Whatever mode isn't "on" is stage 1 as released: no text,
-    the plain mean of the groups through the same projector. The allocator joins in stage 2.
+    Of 24 blocks: 1..6, 7..12, 13..18, 19..24, each averaged. Whatever mode isn't "on" is stage 1 as
+    released: no text, the plain mean of the groups through the same projector. The allocator joins
+    in stage 2.
 
-    Not as released: the sentence encoder (all-mpnet-base-v2, frozen, 109M) is not here. In its place stands the mean of
-    F_t, the language model's own embeddings of the question, which are trained with it; so the allocator's first layer
-    is as wide as they are. And there is no balance loss (minus the entropy of a softmax of w, which is a softmax
-    already; times 0.02): the released model never hands w to the trainer that wants it, so nobody can have run that.
+    Not as released: the sentence encoder (all-mpnet-base-v2, frozen, 109M) is not here. In its
+    place stands the mean of F_t, the language model's own embeddings of the question, which are
+    trained with it; so the allocator's first layer is as wide as they are. And there is no balance
+    loss (minus the entropy of a softmax of w, which is a softmax already; times 0.02): the released
+    model never hands w to the trainer that wants it, so nobody can have run that.
     """
     name, asks = "igva", True
 
@@ -66,22 +72,28 @@ class IGVA(nn.Module):
         self.out = nn.Linear(d, K)
 
     def allocate(self, cls: Tensor, F_t: Tensor, mask: Tensor) -> Tensor:
-        """cls (B, K, d), the groups' CLS; F_t (B, T, D), mask (B, T) -> w (B, K), sums to 1. No words are zeros."""
+        """cls (B, K, d), the groups' CLS; F_t (B, T, D), mask (B, T) -> w (B, K), sums to 1. No
+        words are zeros."""
         dtype = self.out.weight.dtype
-        words = (F_t.to(dtype) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)    # (B, D)
-        x, groups = self.sentence(words)[:, None], self.cls(cls.to(dtype))               # (B, 1, d), (B, K, d)
+        words = (F_t.to(dtype) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(
+            min=1)  # (B, D)
+        x, groups = self.sentence(words)[:, None], self.cls(cls.to(dtype))    # (B, 1, d), (B, K, d)
         for block in self.blocks:
             x = block(x, groups)
         return self.out(x[:, 0]).softmax(-1)
 
-    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (B, N, 2d): layer L-1 and the weighted groups; the map w_group (B, K), at least float32."""
+    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
+                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+        """-> (B, N, 2d): layer L-1 and the weighted groups; the map w_group (B, K), at least
+        float32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            groups = torch.stack([hidden[a:b].mean(0, dtype=wide) for a, b in self.groups], 1)   # (B, K, 1+N, d)
+            groups = torch.stack([hidden[a:b].mean(0, dtype=wide) for a, b in self.groups],
+                                 1)  # (B, K, 1+N, d)
             if mode == "on":
                 w = self.allocate(groups[:, :, 0], F_t, mask).to(wide)                   # (B, K)
             else:
                 w = groups.new_full(groups.shape[:2], 1 / len(self.groups))
             fused = torch.einsum("bk,bknd->bnd", w, groups[:, :, 1:])                    # (B, N, d)
-        return torch.cat([hidden[self.n_blocks - 1][:, 1:], fused.to(hidden.dtype)], dim=-1), {"w_group": w}
+        return torch.cat([hidden[self.n_blocks - 1][:, 1:],
+                          fused.to(hidden.dtype)], dim=-1), {"w_group": w}

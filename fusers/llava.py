@@ -12,7 +12,8 @@ from fusers.common import whole
 
 @dataclass
 class LLaVAConfig:
-    """Sizes of the vision tower. copies: 2 is the wide control, whose projector has as many parameters as CCRA's."""
+    """Sizes of the vision tower. copies: 2 is the wide control, whose projector has as many
+    parameters as CCRA's."""
     vision_dim: int = 1024             # d
     n_layers: int = 24                 # L
     copies: int = 1
@@ -28,8 +29,10 @@ class LLaVA(nn.Module):
     def __init__(self, config: LLaVAConfig):
         super().__init__()
         self.config, self.width = config, config.vision_dim * config.copies
-        self.n_blocks = config.n_layers - 1        # hidden[-2] of L+1 states is what comes out of block L-1
+        # hidden[-2] of L+1 states is what comes out of block L-1
+        self.n_blocks = config.n_layers - 1
 
-    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor, mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
+                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
         """hidden (n_blocks+1 or more, B, 1+N, d), CLS first -> (B, N, width) and no maps."""
         return torch.cat([hidden[self.n_blocks][:, 1:]] * self.config.copies, dim=-1), {}

@@ -22,7 +22,8 @@ from toy import world as toy
 
 
 class Kept(nn.Module):
-    """In the place of a tower whose states were computed before: what a VLM takes for pixels are those states."""
+    """In the place of a tower whose states were computed before: what a VLM takes for pixels are
+    those states."""
 
     def __init__(self, tower: CLIPVision):
         super().__init__()
@@ -47,7 +48,8 @@ class Scenes(dataset.ToyScenes):
 
     def _made(self, i):
         turns = conversation(self.scene(i)) if self.stage == 2 else []
-        record = questions.record(turns or [("Describe the picture.", caption(self.scene(i)))], image="toy")
+        record = questions.record(turns or [("Describe the picture.", caption(self.scene(i)))],
+                                  image="toy")
         return data.render(record, self.tokenizer, "plain" if self.stage == 1 else "v1")
 
     def __getitem__(self, i):
@@ -55,13 +57,15 @@ class Scenes(dataset.ToyScenes):
 
 
 def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
-    """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written where it isn't."""
+    """states of all of a data set's scenes, (n, L+1, 1+N, d), mapped from a file, which is written
+    where it isn't."""
     path = out / f"{scenes.split}-{len(scenes)}-{digest(tower)}.bfloat16"
     shape = len(scenes), len(tower.layers) + 1, tower.grid ** 2 + 1, tower.config.hidden_size
 
     def write(tmp):
         with open(tmp, "wb") as file:
-            for rows in tqdm(common.split(range(len(scenes)), batch), desc=str(path), unit="batch", file=sys.stderr):
+            for rows in tqdm(common.split(range(len(scenes)), batch), desc=str(path), unit="batch",
+                             file=sys.stderr):
                 part = states(tower, [scenes.scene(i) for i in rows])
                 file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
 
@@ -73,5 +77,6 @@ def features(scenes: Scenes, tower: CLIPVision, out: Path, batch=50) -> Tensor:
 
 def digest(*modules: nn.Module, text: str = "") -> str:
     """Eight letters that tell weights (and a text) from others."""
-    weights = [p.detach().float().numpy().tobytes() for module in modules for p in module.parameters()]
+    weights = [
+        p.detach().float().numpy().tobytes() for module in modules for p in module.parameters()]
     return hashlib.sha256(b"".join(weights) + text.encode()).hexdigest()[:8]

@@ -1,4 +1,5 @@
-"""Shared by all tests: no GPU but for those marked gpu, and a fixed number of threads, for rounding."""
+"""Shared by all tests: no GPU but for those marked gpu, and a fixed number of threads, for
+rounding."""
 import os
 
 import pytest
@@ -23,17 +24,19 @@ def towers(tmp_path_factory):
     """A tiny CLIP and a tiny Llama with the embedded world's tokenizer, in the public layout."""
     folder = tmp_path_factory.mktemp("towers")
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                              num_attention_heads=2)
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=16, intermediate_size=32,
+                              num_hidden_layers=3, num_attention_heads=2)
     text = CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, max_position_embeddings=16, eos_token_id=63)
     CLIP(vision, text, projection_dim=8).save_pretrained(folder / "clip")
     (folder / "llama").mkdir()
     (folder / "llama" / "tokenizer.model").write_bytes((toy.MODEL / "tokenizer.model").read_bytes())
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    llm = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2))
+    llm = Llama(
+        LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+                    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1,
+                    eos_token_id=2))
     llm.init_weights()
     llm.save_pretrained(folder / "llama")
     return folder

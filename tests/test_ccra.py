@@ -1,4 +1,5 @@
-"""ccra.py against the paper's equations written out, and the vision-language model against slow twins."""
+"""ccra.py against the paper's equations written out, and the vision-language model against slow
+twins."""
 import math
 from dataclasses import replace
 
@@ -17,12 +18,14 @@ ABLATIONS = ({}, {"lpwca": False}, {"lwca": False}, {"pwca": False}, {"smooth": 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The oracle: eq. 1-14 as printed, one sample at a time, without padding, with every matrix the paper names
+# --------------------------------------------------------------------------------------------------
+# The oracle: eq. 1-14 as printed, one sample at a time, without padding, with every matrix the
+# paper names
 
 def literal_ln(x, norm, reading, layered):
     """x (L, N, d) if layered, else (N, d)."""
-    axes = {"token": (-1,), "joint": (-2, -1), "stack": (-3, -2, -1) if layered else (-2, -1)}[reading]
+    axes = {"token": (-1, ), "joint": (-2, -1), "stack": (-3, -2, -1) if layered else
+                                                         (-2, -1)}[reading]
     mean = x.mean(axes, keepdim=True)
     var = ((x - mean) ** 2).mean(axes, keepdim=True)
     return (x - mean) / torch.sqrt(var + 1e-5) * norm.weight + norm.bias
@@ -47,9 +50,12 @@ def literal_lwca(model, F, alpha, F_t):
     w_l = alpha @ A_l if cfg.lwca else F.new_zeros(L)                                # (8)
     w = w_l
     if cfg.smooth:
-        g = [math.exp(-(j - (cfg.kernel_size - 1) / 2) ** 2 / (2 * cfg.sigma ** 2)) for j in range(cfg.kernel_size)]
-        w = torch.stack([sum(g[j] / sum(g) * w_l[min(max(l + j - (cfg.kernel_size - 1) // 2, 0), L - 1)]
-                             for j in range(cfg.kernel_size)) for l in range(L)])
+        g = [
+            math.exp(-(j - (cfg.kernel_size - 1) / 2)**2 / (2 * cfg.sigma**2))
+            for j in range(cfg.kernel_size)]
+        w = torch.stack([
+            sum(g[j] / sum(g) * w_l[min(max(l + j - (cfg.kernel_size - 1) // 2, 0), L - 1)]
+                for j in range(cfg.kernel_size)) for l in range(L)])
     w_hat = torch.softmax(w, dim=0)
     F_hat = sum(w_hat[l] * F[l] for l in range(L))                                   # (9)
     x = F_hat + F_hat.mean(dim=0)
@@ -66,11 +72,13 @@ def literal(model, F_stack, F_t):
         A_lp = literal_scores(model.lpwca, F_t, F_stack.reshape(L * N, d), cfg)      # (3) T x LN
         if cfg.lpwca:
             W_lp = (alpha @ A_lp).reshape(L, N)                                      # (4)
-        F_lp = literal_ln(F_stack * W_lp[..., None] + F_stack, model.lpwca.norm, cfg.norm, True)     # (5)
+        F_lp = literal_ln(F_stack * W_lp[..., None] + F_stack, model.lpwca.norm, cfg.norm,
+                          True)  # (5)
     if cfg.order == "progressive":
         w_l, w_hat, F_semantic = literal_lwca(model, F_lp, alpha, F_t)
-        w_p = alpha @ literal_scores(model.pwca, F_t, F_semantic, cfg) if cfg.pwca else F_stack.new_zeros(N)  # (11, 12)
-        left = literal_ln(F_semantic * (1 + w_p)[:, None], model.pwca.norm, cfg.norm, False)                   # (13)
+        w_p = alpha @ literal_scores(model.pwca, F_t, F_semantic,
+                                     cfg) if cfg.pwca else F_stack.new_zeros(N)  # (11, 12)
+        left = literal_ln(F_semantic * (1 + w_p)[:, None], model.pwca.norm, cfg.norm, False)  # (13)
     elif cfg.order == "shuffled":
         w_p = torch.stack([alpha @ literal_scores(model.pwca, F_t, F_lp[l], cfg) for l in range(L)])
         w_p = w_p if cfg.pwca else torch.zeros_like(w_p)
@@ -78,7 +86,8 @@ def literal(model, F_stack, F_t):
         w_l, w_hat, left = literal_lwca(model, F_r, alpha, F_t)
     else:
         w_l, w_hat, S = literal_lwca(model, F_stack, alpha, F_t)
-        w_p = alpha @ literal_scores(model.pwca, F_t, F_last, cfg) if cfg.pwca else F_stack.new_zeros(N)
+        w_p = alpha @ literal_scores(model.pwca, F_t, F_last,
+                                     cfg) if cfg.pwca else F_stack.new_zeros(N)
         R = literal_ln(F_last * (1 + w_p)[:, None], model.pwca.norm, cfg.norm, False)
         left = {"decoupled": (S + R) / 2, "lwca_only": S, "pwca_only": R}[cfg.order]
         w_p = w_p if cfg.order != "lwca_only" else w_p * 0
@@ -100,7 +109,8 @@ def make(cfg, seed=0):
 def inputs(cfg, B=3, N=5, T=4, lengths=(4, 1, 3), dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     F_stack = torch.randn(B, cfg.n_layers, N, cfg.vision_dim, generator=g, dtype=torch.float64)
-    F_stack = F_stack * torch.linspace(0.5, 3, cfg.n_layers)[:, None, None] + torch.randn(cfg.vision_dim, generator=g)
+    F_stack = F_stack * torch.linspace(0.5, 3, cfg.n_layers)[:, None, None] + torch.randn(
+        cfg.vision_dim, generator=g)
     F_t = torch.randn(B, T, cfg.text_dim, generator=g, dtype=torch.float64)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     return F_stack.to(dtype), F_t.to(dtype), mask
@@ -109,7 +119,8 @@ def inputs(cfg, B=3, N=5, T=4, lengths=(4, 1, 3), dtype=torch.float64):
 def probe(features, maps):
     """A scalar that depends on everything, differently everywhere."""
     outputs = [features, *(maps[name] for name in sorted(maps))]
-    return sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape).cos()).sum() for x in outputs)
+    return sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape).cos()).sum()
+               for x in outputs)
 
 
 def check_against_literal(cfg, anchor=-1):
@@ -129,7 +140,8 @@ def check_against_literal(cfg, anchor=-1):
         assert maps[name].shape == expected_maps[name].shape, name
         assert (maps[name] - expected_maps[name]).abs().max() < 1e-9, name
     leaves = {"F_stack": F_stack, "F_t": F_t, **trained}
-    ours = torch.autograd.grad(probe(features, maps), list(leaves.values()))        # raises if a trained part is unused
+    # raises if a trained part is unused
+    ours = torch.autograd.grad(probe(features, maps), list(leaves.values()))
     theirs = torch.autograd.grad(probe(expected, expected_maps), list(leaves.values()))
     for name, a, b in zip(leaves, ours, theirs):
         assert (a - b).abs().max() < 1e-9, name
@@ -148,7 +160,7 @@ def test_equals_the_equations_written_out(norm, order, off):
 
 def test_equals_the_equations_with_other_settings():
     check_against_literal(replace(TINY, kernel_size=4, sigma=0.7), anchor=-2)
-    check_against_literal(replace(TINY, kernel_size=9))                   # wider than the tower is deep
+    check_against_literal(replace(TINY, kernel_size=9))               # wider than the tower is deep
     check_against_literal(replace(TINY, kernel_size=1), anchor=-4)
 
 
@@ -161,7 +173,7 @@ def test_a_strided_view_of_the_tower_gives_the_same():
     assert torch.allclose(model(view, F_t, mask)[0], model(F_stack, F_t, mask)[0], atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parameters
 
 def count(cfg):
@@ -174,13 +186,14 @@ def test_parameter_counts():
     with torch.device("meta"):
         names = [name for name, _ in CCRA(TINY).named_parameters()]
     assert names == [f"scorer.{x}.weight" for x in ("q", "k", "v", "out")] + [
-        f"{part}.{x}" for part in ccra.PARTS for x in ("q.weight", "k.weight", "norm.weight", "norm.bias")]
+        f"{part}.{x}" for part in ccra.PARTS
+        for x in ("q.weight", "k.weight", "norm.weight", "norm.bias")]
     pair, norm = (4096 + 1024) * 128, 2 * 1024
     for part in ccra.PARTS:
         assert count(CCRAConfig(**{part: False})) == 3_545_216 - pair
     assert count(CCRAConfig(smooth=False)) == count(CCRAConfig(order="shuffled")) == 3_545_216
     assert count(CCRAConfig(order="decoupled")) == 3_545_216 - pair - norm
-    assert count(CCRAConfig(lpwca=False, lwca=False, pwca=False)) == 3 * norm        # not even the scorer
+    assert count(CCRAConfig(lpwca=False, lwca=False, pwca=False)) == 3 * norm  # not even the scorer
     assert count(CCRAConfig(order="decoupled", lwca=False, pwca=False)) == 2 * norm
     for order in ccra.ALONE:
         assert count(CCRAConfig(order=order)) == 3_545_216 - 2 * (pair + norm)
@@ -189,7 +202,8 @@ def test_parameter_counts():
 def test_what_is_frozen_can_be_frozen_again():
     model = CCRA(replace(TINY, lwca=False)).requires_grad_(True)
     model.freeze_unused()
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lwca.q.weight", "lwca.k.weight"]
+    assert [name for name, p in model.named_parameters()
+            if not p.requires_grad] == ["lwca.q.weight", "lwca.k.weight"]
 
 
 def test_norms_start_neutral():
@@ -214,12 +228,12 @@ def test_wrong_sizes_and_modes():
         model(F_stack, F_t, mask, mode="of")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Smoothing
 
 def test_smoothing_by_hand():
     impulse = torch.tensor([[0, 0, 0, 1, 0, 0, 0]], dtype=torch.float64)
-    e2, e1 = math.exp(-2), math.exp(-0.5)                     # two layers and one layer from the centre, sigma 1
+    e2, e1 = math.exp(-2), math.exp(-0.5)  # two layers and one layer from the centre, sigma 1
     total = 1 + 2 * e1 + 2 * e2
     expected = torch.tensor([[0, e2, e1, 1, e1, e2, 0]], dtype=torch.float64) / total
     assert torch.allclose(smooth(impulse, 5, 1.0), expected)
@@ -233,8 +247,9 @@ def test_smoothing_by_hand():
 def test_even_smoothing_looks_half_a_layer_up():
     impulse = torch.tensor([[0, 0, 0, 1, 0, 0, 0]], dtype=torch.float64)
     outer, inner = math.exp(-1.5 ** 2 / (2 * 0.95 ** 2)), math.exp(-0.5 ** 2 / (2 * 0.95 ** 2))
-    got = smooth(impulse, 4, 0.95)                            # w'[l] reads w[l-1], w[l], w[l+1], w[l+2]
-    expected = torch.tensor([[0, outer, inner, inner, outer, 0, 0]], dtype=torch.float64) / (2 * (outer + inner))
+    got = smooth(impulse, 4, 0.95)                # w'[l] reads w[l-1], w[l], w[l+1], w[l+2]
+    expected = torch.tensor([[0, outer, inner, inner, outer, 0, 0]],
+                            dtype=torch.float64) / (2 * (outer + inner))
     assert torch.allclose(got, expected)
     assert got[0, 1:3].tolist() == pytest.approx([0.1241, 0.3759], abs=1e-4)
 
@@ -243,13 +258,13 @@ def test_smoothing_leaves_constants():
     assert torch.allclose(smooth(torch.full((2, 3), 0.7), 6, 2.0), torch.full((2, 3), 0.7))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Padding, empty questions, modes
 
 @pytest.mark.parametrize("order", ccra.ORDERS)
 def test_a_batch_is_its_samples_alone(order):
     model, (F_stack, F_t, mask) = make(replace(TINY, order=order)), inputs(TINY)
-    F_t = F_t.masked_fill(~mask[..., None], 1e3)              # whatever stands in the padding
+    F_t = F_t.masked_fill(~mask[..., None], 1e3)  # whatever stands in the padding
     features, maps = model(F_stack, F_t, mask)
     for b in range(3):
         alone, maps_alone = model(F_stack[b:b + 1], F_t[b:b + 1, mask[b]], mask[b:b + 1, mask[b]])
@@ -257,7 +272,8 @@ def test_a_batch_is_its_samples_alone(order):
         for name in set(maps) - {"alpha"}:
             assert torch.allclose(maps[name][b:b + 1], maps_alone[name], atol=1e-12)
         assert torch.allclose(maps["alpha"][b:b + 1, mask[b]], maps_alone["alpha"], atol=1e-12)
-        assert maps["alpha"][b, ~mask[b]].eq(0).all() and maps["alpha"][b].sum().item() == pytest.approx(1)
+        assert maps["alpha"][b, ~mask[b]].eq(
+            0).all() and maps["alpha"][b].sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("order", ccra.ORDERS)
@@ -289,33 +305,37 @@ def test_off_repeats_the_anchor():
     assert torch.equal(features, torch.cat([F_stack[:, 2]] * 2, -1))
     on = model(F_stack, F_t, mask)[1]
     assert {name: m.shape for name, m in maps.items()} == {name: m.shape for name, m in on.items()}
-    assert maps["w_hat"].eq(0.25).all() and not any(maps[name].any() for name in ("alpha", "W_lp", "w_l", "w_p"))
+    assert maps["w_hat"].eq(0.25).all() and not any(maps[name].any()
+                                                    for name in ("alpha", "W_lp", "w_l", "w_p"))
 
 
 def test_all_parts_off_is_neutral():
     cfg = replace(TINY, lpwca=False, lwca=False, pwca=False)
     model, (F_stack, F_t, mask) = make(cfg), inputs(cfg)
-    assert torch.allclose(model(F_stack, F_t, mask)[0], model(F_stack, F_t, mask, mode="neutral")[0], atol=1e-12)
+    assert torch.allclose(
+        model(F_stack, F_t, mask)[0],
+        model(F_stack, F_t, mask, mode="neutral")[0], atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The finding: with LayerNorm as everybody codes it, LPWCA and PWCA do nothing
 
 def test_under_the_token_norm_attention_cannot_be_felt():
     F_stack, F_t, mask = inputs(TINY)
-    F_stack, reached, moved = 4 * F_stack, {}, {}             # far above EPS, as a real tower's features are
+    F_stack, reached, moved = 4 * F_stack, {}, {}  # far above EPS, as a real tower's features are
     for norm in ccra.NORMS:
         torch.manual_seed(0)
         model = CCRA(replace(TINY, norm=norm)).double()
         model.lpwca.q.weight.data /= 4
         model.pwca.q.weight.data /= 4
         features, maps = model(F_stack, F_t, mask)
-        assert maps["W_lp"].abs().max() > 0.05 and (1 + maps["W_lp"]).min() > 0 and (1 + maps["w_p"]).min() > 0
+        assert maps["W_lp"].abs().max() > 0.05 and (1 + maps["W_lp"]).min() > 0 and (
+            1 + maps["w_p"]).min() > 0
         probe(features, {}).backward()
         reached[norm] = [model.lpwca.q.weight.grad.norm(), model.pwca.q.weight.grad.norm()]
-        model.lwca.q.weight.data.zero_()                      # LWCA apart, whose weights follow F_lp in any case
+        model.lwca.q.weight.data.zero_()  # LWCA apart, whose weights follow F_lp in any case
         before = model(F_stack, F_t, mask)[0]
-        model.lpwca.q.weight.data *= -0.5                     # another W_lp, and another w_p
+        model.lpwca.q.weight.data *= -0.5          # another W_lp, and another w_p
         model.pwca.q.weight.data *= -0.5
         moved[norm] = (model(F_stack, F_t, mask)[0] - before).abs().max()
     for norm in ("joint", "stack"):
@@ -329,7 +349,11 @@ def test_joint_is_group_norm():
     got = model.lpwca.norm(F_stack, 1 + W, "joint")
     group = nn.GroupNorm(1, 10, eps=ccra.EPS, dtype=torch.float64)
     group.weight, group.bias = model.lpwca.norm.weight, model.lpwca.norm.bias
-    expected = group((F_stack * (1 + W)[..., None]).flatten(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(0, (3, 4))
+    expected = group(
+        (F_stack * (1 + W)[..., None]).flatten(0,
+                                               1).transpose(1,
+                                                            2)).transpose(1,
+                                                                          2).unflatten(0, (3, 4))
     assert torch.allclose(got, expected, atol=1e-12)
 
 
@@ -338,18 +362,19 @@ def test_only_stack_lets_a_layer_as_a_whole_weigh_more():
     louder = c * torch.tensor([1, 3, 1, 1])[:, None]
     for norm, changes in (("joint", False), ("token", False), ("stack", True)):
         (a, b), (a2, b2) = (standardise(x, *moments(F_stack), norm) for x in (c, louder))
-        assert torch.allclose(a, a2, rtol=1e-5) != changes and torch.allclose(b, b2, rtol=1e-5) != changes
+        assert torch.allclose(a, a2, rtol=1e-5) != changes and torch.allclose(b, b2,
+                                                                              rtol=1e-5) != changes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numerics
 
 def test_float32_survives_features_far_from_zero():
     cfg = replace(TINY, vision_dim=64)
     model, (F_stack, F_t, mask) = make(cfg), inputs(cfg, N=20)
-    for part in (model.lpwca, model.lwca, model.pwca):        # the scores themselves stay moderate
+    for part in (model.lpwca, model.lwca, model.pwca):     # the scores themselves stay moderate
         part.k.weight.data -= part.k.weight.data.mean(1, keepdim=True)
-    F_stack = (F_stack + 300).float()                         # rounded here, the same numbers for both
+    F_stack = (F_stack + 300).float()                      # rounded here, the same numbers for both
     exact = model(F_stack.double(), F_t, mask)[0]
     error = (model.float()(F_stack, F_t.float(), mask)[0] - exact).abs().max()
     assert error < 2e-3
@@ -365,7 +390,8 @@ def test_autocast_and_bfloat16():
     features, maps = model(F_stack, F_t, mask)
     with torch.autocast("cpu", torch.bfloat16):
         cast, cast_maps = model(F_stack, F_t, mask)
-    assert torch.equal(features, cast) and all(torch.equal(maps[name], cast_maps[name]) for name in maps)
+    assert torch.equal(features, cast) and all(
+        torch.equal(maps[name], cast_maps[name]) for name in maps)
     probe(cast, cast_maps).backward()
     half, half_maps = model.bfloat16()(F_stack.bfloat16(), F_t.bfloat16(), mask)
     assert half.dtype == torch.bfloat16 and half_maps["W_lp"].dtype == torch.float32
@@ -373,7 +399,8 @@ def test_autocast_and_bfloat16():
 
 
 def test_a_frozen_tower_costs_no_copy_of_the_features():
-    """What autograd keeps must be F_stack itself (by reference), the maps and a few (B, N, d): F_lp must not exist."""
+    """What autograd keeps must be F_stack itself (by reference), the maps and a few (B, N, d): F_lp
+    must not exist."""
     cfg = replace(TINY, n_layers=12, vision_dim=64)
     model, (F_stack, F_t, mask) = make(cfg), inputs(cfg, N=40)
     base, kept = F_stack.untyped_storage().data_ptr(), {}
@@ -388,7 +415,7 @@ def test_a_frozen_tower_costs_no_copy_of_the_features():
     assert out.requires_grad and sum(kept.values()) < 2 * F_stack.nbytes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vision-language model
 
 N_PATCHES, VOCAB, WIDTH, CONTEXT = 4, 50, 24, 64
@@ -396,15 +423,17 @@ N_PATCHES, VOCAB, WIDTH, CONTEXT = 4, 50, 24, 64
 
 def tiny_vlm(tied=True, seed=0, **ccra_settings):
     torch.manual_seed(seed)
-    vision = CLIPVision(CLIPVisionConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=24,
-                                         num_hidden_layers=3, num_attention_heads=2))
-    llm = Llama(LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-                            tie_word_embeddings=tied))
+    vision = CLIPVision(
+        CLIPVisionConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=24,
+                         num_hidden_layers=3, num_attention_heads=2))
+    llm = Llama(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+                    tie_word_embeddings=tied))
     cfg = CCRAConfig(text_dim=WIDTH, vision_dim=16, n_layers=3, d_hidden=8, **ccra_settings)
     model = VLM.build(vision, llm, cfg).double()
     with torch.no_grad():
-        for p in model.parameters():        # away from 0.02: so that pictures and words make a difference
+        for p in model.parameters():  # away from 0.02: so that pictures and words make a difference
             if p.ndim >= 2:
                 p.normal_(0, 0.25)
     model.vision.requires_grad_(False)
@@ -412,21 +441,25 @@ def tiny_vlm(tied=True, seed=0, **ccra_settings):
 
 
 def tiny_batch():
-    """Row 0: a picture, its answer is 30 31. Row 1: text only, shorter. Row 2: a picture first, no question."""
-    ids = torch.tensor([[1, 5, IMAGE_TOKEN, 6, 7, 30, 31], [1, 8, 9, 32, 2, 0, 0], [1, IMAGE_TOKEN, 10, 11, 33, 2, 0]])
+    """Row 0: a picture, its answer is 30 31. Row 1: text only, shorter. Row 2: a picture first, no
+    question."""
+    ids = torch.tensor([[1, 5, IMAGE_TOKEN, 6, 7, 30, 31], [1, 8, 9, 32, 2, 0, 0],
+                        [1, IMAGE_TOKEN, 10, 11, 33, 2, 0]])
     mask = torch.arange(7) < torch.tensor([[7], [5], [6]])
     labels = torch.full_like(ids, IGNORE)
     labels[0, 5:], labels[1, 3:5], labels[2, 4:6] = ids[0, 5:], ids[1, 3:5], ids[2, 4:6]
     query = torch.tensor([[6, 7, 12], [8, 9, 0], [0, 0, 0]])
     query_mask = torch.arange(3) < torch.tensor([[3], [2], [0]])
-    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    pixels[1] = 0                           # the dummy picture of a text-only row
-    return dict(pixels=pixels, ids=ids, query=query, query_mask=query_mask, mask=mask, labels=labels)
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3),
+                         dtype=torch.float64)
+    pixels[1] = 0                     # the dummy picture of a text-only row
+    return dict(pixels=pixels, ids=ids, query=query, query_mask=query_mask, mask=mask,
+                labels=labels)
 
 
 def test_merged_layout_by_hand():
     model = tiny_vlm()
-    visual = torch.arange(2 * 2 * WIDTH, dtype=torch.float64).view(2, 2, WIDTH)      # N' = 2
+    visual = torch.arange(2 * 2 * WIDTH, dtype=torch.float64).view(2, 2, WIDTH)  # N' = 2
     ids = torch.tensor([[1, IMAGE_TOKEN, 6, 30], [1, 8, 32, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
     labels = torch.tensor([[IGNORE, IGNORE, IGNORE, 30], [IGNORE, IGNORE, 32, IGNORE]])
@@ -434,19 +467,25 @@ def test_merged_layout_by_hand():
     rows = [[word[1], visual[0, 0], visual[0, 1], word[6], word[30]], [word[1], word[8], word[32]]]
 
     embeds, real, merged = model.merge(visual, ids, mask, labels)
-    assert torch.equal(embeds, torch.stack([torch.stack(rows[0]), torch.stack(rows[1] + [zero] * 2)]))
+    assert torch.equal(embeds,
+                       torch.stack([torch.stack(rows[0]),
+                                    torch.stack(rows[1] + [zero] * 2)]))
     assert real.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
-    assert merged.tolist() == [[IGNORE, IGNORE, IGNORE, IGNORE, 30], [IGNORE, IGNORE, 32, IGNORE, IGNORE]]
+    assert merged.tolist() == [[IGNORE, IGNORE, IGNORE, IGNORE, 30],
+                               [IGNORE, IGNORE, 32, IGNORE, IGNORE]]
 
     embeds, real, none = model.merge(visual, ids, mask, left=True)
-    assert torch.equal(embeds, torch.stack([torch.stack(rows[0]), torch.stack([zero] * 2 + rows[1])]))
+    assert torch.equal(embeds,
+                       torch.stack([torch.stack(rows[0]),
+                                    torch.stack([zero] * 2 + rows[1])]))
     assert real.tolist() == [[True] * 5, [False] * 2 + [True] * 3] and none is None
     # prompts may come padded on the left as well, with anything as padding
     other = torch.tensor([[1, IMAGE_TOKEN, 6, 30], [IMAGE_TOKEN, 1, 8, 32]])
     again = model.merge(visual, other, mask.flip(1), left=True)
     assert torch.equal(again[0], embeds) and torch.equal(again[1], real)
 
-    cut, real, merged = model.merge(visual, ids, mask, labels, max_length=2)         # in the middle of the picture
+    # in the middle of the picture
+    cut, real, merged = model.merge(visual, ids, mask, labels, max_length=2)
     assert torch.equal(cut[0], torch.stack(rows[0][:2])) and merged.eq(IGNORE).all() and real.all()
     assert torch.equal(model.merge(None, ids[1:], mask[1:])[0][0], torch.stack(rows[1]))
 
@@ -458,27 +497,31 @@ def test_loss_is_cross_entropy_of_the_full_logits():
     assert logits.shape == (3, 7 + N_PATCHES - 1, VOCAB)
     visual = model.look(batch["pixels"], batch["query"], batch["query_mask"])[0]
     labels = model.merge(visual, batch["ids"], batch["mask"], batch["labels"])[2]
-    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE,
-                                           reduction="sum")
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and (labels != IGNORE).sum() == 6
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                           ignore_index=IGNORE, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and (labels
+                                                                         != IGNORE).sum() == 6
     parts = sum(model(**{k: v[i:i + 1] for k, v in batch.items()}) for i in range(3))
     assert loss.item() == pytest.approx(parts.item(), rel=1e-12)
     assert tiny_vlm().float()(**{**batch, "pixels": batch["pixels"].float()}).dtype == torch.float32
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()
+               if p.requires_grad)
     assert all(p.grad is None for p in model.vision.parameters())
 
 
 def test_a_loss_in_pieces_is_the_loss(monkeypatch):
-    """Many supervised positions go piece by piece, and their logits are computed again in the backward."""
+    """Many supervised positions go piece by piece, and their logits are computed again in the
+    backward."""
     found = []
-    for rows in (4096, 4):                                               # 6 positions: one piece; 4 and 2
+    for rows in (4096, 4):                                         # 6 positions: one piece; 4 and 2
         monkeypatch.setattr(ccra, "LOSS_ROWS", rows)
         model = tiny_vlm()
         loss = model(**tiny_batch())
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 20 and all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
+    assert len(found[0]) > 20 and all(
+        torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
 def test_nothing_supervised_is_a_loss_of_zero():
@@ -493,10 +536,11 @@ def test_training_cuts_and_inference_refuses():
     # cut before the last word of row 0: one label less
     full, short = model(**batch), model(**batch, max_length=9)
     logits = model(**{**batch, "labels": None})
-    assert (full - short).item() == pytest.approx(-logits[0, 8].log_softmax(-1)[31].item(), rel=1e-9)
+    assert (full - short).item() == pytest.approx(-logits[0, 8].log_softmax(-1)[31].item(),
+                                                  rel=1e-9)
     long = torch.randint(3, VOCAB, (1, CONTEXT + 5))
     one = {k: batch[k][:1] for k in ("pixels", "query", "query_mask")}
-    assert model(**one, ids=long, labels=long).isfinite()                            # the context cuts, too
+    assert model(**one, ids=long, labels=long).isfinite()                    # the context cuts, too
     with pytest.raises(UserError, match="language model has 64"):
         model(**one, ids=long)
     with pytest.raises(UserError, match="no room"):
@@ -519,7 +563,7 @@ def test_no_answer_reaches_the_visual_features():
     visual, maps = model.look(batch["pixels"], batch["query"], batch["query_mask"])
     grad, = torch.autograd.grad(visual.square().sum(), model.llm.embed_tokens.weight)
     touched = set(grad.abs().sum(1).nonzero()[:, 0].tolist())
-    assert touched == {6, 7, 12, 8, 9}                        # the questions' words, and no answer's
+    assert touched == {6, 7, 12, 8, 9}                       # the questions' words, and no answer's
     # and through the whole model: other answers, the same rows where the picture stands
     def picture_rows(batch):
         seen = {}
@@ -531,7 +575,8 @@ def test_no_answer_reaches_the_visual_features():
     for name in ("ids", "labels"):
         other[name][batch["labels"] != IGNORE] = 40
     assert torch.equal(picture_rows(batch), picture_rows(other))
-    assert not torch.equal(picture_rows(batch), picture_rows({**batch, "query": batch["query"] + 1}))   # it can fail
+    assert not torch.equal(picture_rows(batch), picture_rows({**batch, "query": batch["query"] + 1
+                                                              }))  # it can fail
 
 
 def test_the_vision_tower_learns_only_when_asked():
@@ -564,7 +609,8 @@ def test_another_fuser_in_the_slot():
         n_blocks = 3
 
         def forward(self, hidden, F_t, mask, mode):
-            assert hidden.shape == (4, 3, 1 + N_PATCHES, 16) and F_t.shape == (3, 3, WIDTH) and mask.dtype == torch.bool
+            assert hidden.shape == (4, 3, 1 + N_PATCHES,
+                                    16) and F_t.shape == (3, 3, WIDTH) and mask.dtype == torch.bool
             return hidden[-2][:, 1:], {}
     model, batch = tiny_vlm(), tiny_batch()
     other = VLM(model.vision, model.llm, Last(), nn.Linear(16, WIDTH).double())
@@ -583,7 +629,8 @@ def test_bad_ids(ids, pixels, match):
         next(model.generate(pixels, ids, batch["query"], batch["query_mask"]))
     for id in (IMAGE_TOKEN, VOCAB):
         with pytest.raises(UserError, match="query"):
-            model(batch["pixels"], batch["ids"], torch.full_like(batch["query"], id), batch["query_mask"])
+            model(batch["pixels"], batch["ids"], torch.full_like(batch["query"], id),
+                  batch["query_mask"])
 
 
 def test_padding_of_any_value_never_reaches_the_table():
@@ -593,7 +640,7 @@ def test_padding_of_any_value_never_reaches_the_table():
     assert model(**batch).item() == model(**other).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 def prompt(batch, row):
@@ -636,8 +683,9 @@ def test_eos():
     model, batch = tiny_vlm(tied=False, seed=1), tiny_batch()
     alone = [answer(model, **prompt(batch, row), max_new_tokens=8)[0] for row in range(3)]
     eos = next(t for t in alone[0][1:] if t != alone[0][0])
-    assert answer(model, **prompt(batch, 0), max_new_tokens=8, eos_ids=[eos, 49])[0] == alone[0][:alone[0].index(eos)]
-    assert list(model.generate(**prompt(batch, 0), eos_ids={alone[0][0]})) == []     # an empty answer
+    assert answer(model, **prompt(batch, 0), max_new_tokens=8,
+                  eos_ids=[eos, 49])[0] == alone[0][:alone[0].index(eos)]
+    assert list(model.generate(**prompt(batch, 0), eos_ids={alone[0][0]})) == []   # an empty answer
     got = answer(model, **prompts(batch), max_new_tokens=8, eos_ids=[eos])
     lengths = [row.index(eos) if eos in row else 8 for row in alone]
     assert len(set(lengths)) > 1
@@ -657,30 +705,37 @@ def test_picture_and_prompt_are_read_once():
     model, batch, calls = tiny_vlm(), tiny_batch(), []
     model.vision.register_forward_hook(lambda *_: calls.append("vision"))
     model.fuser.register_forward_hook(lambda *_: calls.append("fuser"))
-    model.llm.lm_head.register_forward_hook(lambda module, args, out: calls.append(tuple(out.shape)))
+    model.llm.lm_head.register_forward_hook(
+        lambda module, args, out: calls.append(tuple(out.shape)))
     answer(model, **prompt(batch, 0), max_new_tokens=4)
     assert calls == ["vision", "fuser"] + [(1, VOCAB)] * 4
-    assert not any(token.requires_grad for token in model.generate(**prompt(batch, 0), max_new_tokens=2))
+    assert not any(token.requires_grad
+                   for token in model.generate(**prompt(batch, 0), max_new_tokens=2))
 
 
 def test_sampling():
     logits = torch.tensor([[0.2, 0.5, 0.3]]).log().repeat(4000, 1)
     g = torch.Generator().manual_seed(0)
-    for top_p, expected in ((1.0, [0.2, 0.5, 0.3]), (0.79, [0, 0.625, 0.375]), (0.5, [0, 1, 0]), (1e-6, [0, 1, 0])):
+    for top_p, expected in ((1.0, [0.2, 0.5, 0.3]), (0.79, [0, 0.625,
+                                                            0.375]), (0.5, [0, 1,
+                                                                            0]), (1e-6, [0, 1, 0])):
         shares = pick(logits, 1.0, top_p, g).bincount(minlength=3) / 4000
         assert (shares - torch.tensor(expected)).abs().max() < 0.03
-    assert (pick(logits, 0.5, 1.0, g).bincount(minlength=3) / 4000 - torch.tensor([4, 25, 9]) / 38).abs().max() < 0.03
+    assert (pick(logits, 0.5, 1.0, g).bincount(minlength=3) / 4000 -
+            torch.tensor([4, 25, 9]) / 38).abs().max() < 0.03
     model, p = tiny_vlm(), prompt(tiny_batch(), 0)
-    draws = [answer(model, **p, max_new_tokens=12, temperature=2.0, generator=torch.Generator().manual_seed(seed))
-             for seed in (0, 0, 1)]
+    draws = [
+        answer(model, **p, max_new_tokens=12, temperature=2.0,
+               generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    assert answer(model, **p, max_new_tokens=6, temperature=1.0, top_p=1e-9) == answer(model, **p, max_new_tokens=6)
+    assert answer(model, **p, max_new_tokens=6, temperature=1.0,
+                  top_p=1e-9) == answer(model, **p, max_new_tokens=6)
     for bad in (dict(temperature=-1), dict(top_p=0), dict(top_p=1.5)):
         with pytest.raises(UserError, match="temperature"):
             next(model.generate(**p, **bad))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving and loading
 
 @pytest.mark.parametrize("tied", (True, False))
@@ -696,17 +751,21 @@ def test_save_and_load_bit_for_bit(tmp_path, tied):
     assert again.fuser.config == model.fuser.config and again.llm.config == model.llm.config
     assert again.image == {"size": 8, "pad": False} and again.query == "first"
     assert not again.fuser.lpwca.norm.weight.requires_grad and again.fuser.lwca.q.weight.requires_grad
-    # not bit for bit: the weights lie at other addresses, and alignment decides how products are summed
+    # not bit for bit: the weights lie at other addresses, and alignment decides how products are
+    # summed
     assert again(**batch).item() == pytest.approx(model(**batch).item(), rel=1e-12)
     assert (tmp_path / "out" / "words.model").read_bytes() == b"pieces"
-    again.save_pretrained(tmp_path / "out", tokenizer_file=tmp_path / "out" / "words.model")         # onto itself
+    again.save_pretrained(tmp_path / "out",
+                          tokenizer_file=tmp_path / "out" / "words.model")  # onto itself
     assert (tmp_path / "out" / "words.model").read_bytes() == b"pieces"
-    assert VLM.from_pretrained(tmp_path / "out", dtype=torch.float32).projector[0].weight.dtype == torch.float32
+    assert VLM.from_pretrained(tmp_path / "out",
+                               dtype=torch.float32).projector[0].weight.dtype == torch.float32
     # its towers can be read out of it
     vision = CLIPVision.from_pretrained(tmp_path / "out", dtype=torch.float64)
     llm = Llama.from_pretrained(tmp_path / "out", dtype=torch.float64)
     for tower, own in ((vision, model.vision), (llm, model.llm)):
-        assert all(torch.equal(p, q) for p, q in zip(tower.parameters(), own.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(tower.parameters(), own.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("old, new, match", [
@@ -728,5 +787,6 @@ def test_build_wants_fitting_sizes():
     for name in ("text_dim", "vision_dim", "n_layers"):
         with pytest.raises(UserError, match=name):
             VLM.build(model.vision, model.llm, replace(model.fuser.config, **{name: 5}))
-    assert [tuple(p.shape) for p in model.projector.parameters()] == [(WIDTH, 32), (WIDTH,), (WIDTH, WIDTH), (WIDTH,)]
+    assert [tuple(p.shape) for p in model.projector.parameters()] == [(WIDTH, 32), (WIDTH, ),
+                                                                      (WIDTH, WIDTH), (WIDTH, )]
     assert isinstance(model.projector[1], nn.GELU) and model.projector[1].approximate == "none"

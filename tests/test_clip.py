@@ -1,4 +1,5 @@
-"""clip.py against transformers' CLIP, Pillow's processor and LLaVA's padding; the two attentions against each other."""
+"""clip.py against transformers' CLIP, Pillow's processor and LLaVA's padding; the two attentions
+against each other."""
 import json
 import math
 
@@ -25,10 +26,10 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-VISION = dict(image_size=30, patch_size=7, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-              num_attention_heads=4)
-TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=9, eos_token_id=98)
+VISION = dict(image_size=30, patch_size=7, hidden_size=48, intermediate_size=80,
+              num_hidden_layers=3, num_attention_heads=4)
+TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=9, eos_token_id=98)
 IDS = torch.tensor([[5, 7, 98, 0, 0], [98, 98, 3, 4, 98], [1, 2, 3, 4, 98]])
 
 
@@ -47,19 +48,22 @@ def shake(model):
 
 
 def public_clip(**text):
-    config = transformers.CLIPConfig(vision_config=VISION, text_config=TEXT | text, projection_dim=24)
+    config = transformers.CLIPConfig(vision_config=VISION, text_config=TEXT | text,
+                                     projection_dim=24)
     return shake(transformers.CLIPModel(config))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 def masks():
     torch.manual_seed(0)
     some = torch.rand(2, 1, 5, 5) < 0.5
     some[0, 0, 2] = False                                   # a row that may look nowhere
-    keys = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()[:, None, None]     # a sequence that is all padding
-    return [(None, False), (None, True), (some, False), (some, True), (keys, False), (keys, True), (some[1, 0], False)]
+    # a sequence that is all padding
+    keys = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()[:, None, None]
+    return [(None, False), (None, True), (some, False), (some, True), (keys, False), (keys, True),
+            (some[1, 0], False)]
 
 
 @pytest.mark.parametrize("mask, causal", masks())
@@ -67,16 +71,17 @@ def test_attention_fused_equals_written_out(mask, causal, monkeypatch):
     torch.manual_seed(2)
     qkv = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     cotangent, results = torch.randn(2, 3, 5, 4, dtype=torch.float64), []
-    for write_out in (set(), {torch.float64}):              # makes the dispatcher take the written-out form
+    for write_out in (set(), {torch.float64}):      # makes the dispatcher take the written-out form
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
         out = attention(*qkv, mask, causal)
         results.append([out, *torch.autograd.grad(out, qkv, cotangent)])
     assert all(r.isfinite().all() for r in results[0] + results[1])
     for fused, written in zip(*results):
         torch.testing.assert_close(fused, written, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(clip, "QUERIES", 2)                # at inference, in pieces, the last one short
+    monkeypatch.setattr(clip, "QUERIES", 2)  # at inference, in pieces, the last one short
     with torch.no_grad():
-        torch.testing.assert_close(attention(*qkv, mask, causal), results[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(attention(*qkv, mask, causal), results[0][0], rtol=1e-12,
+                                   atol=1e-12)
     # and both against a loop over rows that is too simple to be wrong
     q, k, v = (t.detach() for t in qkv)
     allowed = torch.ones(2, 3, 5, 5, dtype=torch.bool) if mask is None else mask.expand(2, 3, 5, 5)
@@ -97,12 +102,12 @@ def test_attention_picks_by_hardware_and_use(monkeypatch):
     leaf, plain = torch.randn(1, 1, 20, 2, requires_grad=True), torch.randn(1, 1, 20, 2)
     for write_out in ({torch.float32}, set()):
         monkeypatch.setattr(clip, "WRITE_OUT", write_out)
-        attention(plain, plain, leaf)                      # training
-        attention(plain, plain, plain, causal=True)        # a long prompt, in two pieces
-        attention(*3 * [plain[:, :, 1:]], causal=True)     # a short one
-        attention(plain[:, :, :1], plain, plain)           # a new token
+        attention(plain, plain, leaf)                   # training
+        attention(plain, plain, plain, causal=True)     # a long prompt, in two pieces
+        attention(*3 * [plain[:, :, 1:]], causal=True)  # a short one
+        attention(plain[:, :, :1], plain, plain)        # a new token
         with torch.no_grad():
-            attention(leaf, leaf, leaf)                    # a picture
+            attention(leaf, leaf, leaf)                 # a picture
     assert calls == 3 * ["written out"] + 8 * ["fused"]
 
 
@@ -111,7 +116,9 @@ def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypat
     q, k, v = (torch.randn(2, 2, t, 8, dtype=torch.bfloat16) for t in (1, 6, 6))
     mask = torch.tensor([[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()[:, None, None]
     fused, written = clip._fused(q, k, v, mask, False), clip._written_out(q, k, v, mask, False)
-    assert fused.dtype == written.dtype == torch.bfloat16 and (written[1] == 0).all() and (fused[1] == 0).all()
+    assert fused.dtype == written.dtype == torch.bfloat16 and (written[1]
+                                                               == 0).all() and (fused[1]
+                                                                                == 0).all()
     torch.testing.assert_close(fused, written, rtol=0.02, atol=0.02)
 
 
@@ -123,23 +130,25 @@ def test_one_query_where_the_cpu_is_slow_at_half_precision(dtype, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, t, 8).to(dtype) for t in (1, 70, 70))
     out = attention(q, k, v)
-    exact = clip._written_out(q.double(), k.double(), v.double(), None, False)           # (2, 2, 1, 8)
+    exact = clip._written_out(q.double(), k.double(), v.double(), None, False)        # (2, 2, 1, 8)
     allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6
     assert out.dtype == dtype and ((out.double() - exact).abs() <= allowed).all()
 
 
 def test_an_empty_row_is_zero_whatever_the_kernel_makes_of_it(monkeypatch):
-    """torch's CPU kernel happens to give zeros for 0/0; this one gives NaN, as some GPU kernels did."""
+    """torch's CPU kernel happens to give zeros for 0/0; this one gives NaN, as some GPU kernels
+    did."""
     def naive(q, k, v, attn_mask):
         return (q @ k.mT).masked_fill(~attn_mask, -math.inf).softmax(-1) @ v
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", naive)
     q, mask = torch.randn(1, 1, 3, 2), torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
     out = clip._fused(q, q, q, mask, False)
-    assert out.isfinite().all() and (out[0, 0, 1] == 0).all() and torch.equal(out[0, 0, 0], q[0, 0, 0])
+    assert out.isfinite().all() and (out[0, 0, 1] == 0).all() and torch.equal(
+        out[0, 0, 0], q[0, 0, 0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The towers against transformers
 
 def test_hidden_states_equal_transformers_and_numbering():
@@ -147,7 +156,8 @@ def test_hidden_states_equal_transformers_and_numbering():
     ours = CLIPVision(CLIPVisionConfig.from_dict(VISION))
     assert ours.grid == 4                                   # 30 // 7, as the convolution sees it
     names = clip._from_public(ours)
-    ours.load_state_dict({names[k]: v for k, v in theirs.state_dict().items() if "position_ids" not in k})
+    ours.load_state_dict({
+        names[k]: v for k, v in theirs.state_dict().items() if "position_ids" not in k})
     pixels = torch.randn(2, 3, 30, 30)
     with torch.no_grad():
         want, got = theirs(pixels, output_hidden_states=True), ours(pixels)
@@ -155,25 +165,30 @@ def test_hidden_states_equal_transformers_and_numbering():
         for layer in range(4):
             assert relative(got[layer], want.hidden_states[layer]) < 1e-5
         assert relative(ours.pooled(got), want.pooler_output) < 1e-5
-        assert torch.equal(ours(pixels, n_layers=2), got[:3]) and torch.equal(ours(pixels, 0), got[:1])
+        assert torch.equal(ours(pixels, n_layers=2), got[:3]) and torch.equal(
+            ours(pixels, 0), got[:1])
 
 
 def test_hidden_states_at_vit_l_14_336():
-    """The real shape: width 1024, 16 heads, 577 positions, all 24 layers; random weights, one picture."""
+    """The real shape: width 1024, 16 heads, 577 positions, all 24 layers; random weights, one
+    picture."""
     with torch.device("meta"):
         whole = CLIPVision(CLIPVisionConfig())
-    assert sum(p.numel() for p in whole.parameters()) == 303_507_456 and len(list(whole.parameters())) == 391
+    assert sum(p.numel()
+               for p in whole.parameters()) == 303_507_456 and len(list(whole.parameters())) == 391
 
     n = 24
     with torch.device("meta"):
         ours = CLIPVision(CLIPVisionConfig())
-        theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-            image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=n,
-            num_attention_heads=16))
+        theirs = transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(image_size=336, patch_size=14, hidden_size=1024,
+                                          intermediate_size=4096, num_hidden_layers=n,
+                                          num_attention_heads=16))
     torch.manual_seed(0)
-    shared = {name: torch.empty(p.shape).normal_(std=0.03) + ("norm" in name and name.endswith("weight"))
-              for name, p in ours.named_parameters()}
-    ours.load_state_dict(shared, assign=True)               # both models on the same memory: 1.2 GB, not 2.4
+    shared = {
+        name: torch.empty(p.shape).normal_(std=0.03) + ("norm" in name and name.endswith("weight"))
+        for name, p in ours.named_parameters()}
+    ours.load_state_dict(shared, assign=True)  # both models on the same memory: 1.2 GB, not 2.4
     theirs.load_state_dict({clip.tower_name(k): p for k, p in shared.items()}, assign=True)
     theirs.embeddings.position_ids = torch.arange(577)[None]
     assert not any(p.is_meta for p in theirs.parameters())
@@ -192,11 +207,13 @@ def test_a_public_clip_loads_and_agrees(tmp_path):
         want = theirs(input_ids=IDS, pixel_values=pixels)
         assert relative(ours(pixels, IDS), want.logits_per_image) < 1e-5
         assert relative(ours.encode_text(IDS), theirs.get_text_features(IDS).pooler_output) < 1e-5
-        assert relative(ours.encode_image(pixels), theirs.get_image_features(pixels).pooler_output) < 1e-5
-        tower = CLIPVision.from_pretrained(tmp_path)        # the tower alone, out of the same folder
+        assert relative(ours.encode_image(pixels),
+                        theirs.get_image_features(pixels).pooler_output) < 1e-5
+        tower = CLIPVision.from_pretrained(tmp_path)  # the tower alone, out of the same folder
         assert torch.equal(tower(pixels), ours.vision(pixels))
     half = CLIPVision.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and half(pixels).dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16
+               for p in half.parameters()) and half(pixels).dtype == torch.bfloat16
 
 
 def test_transformers_reads_what_we_save(tmp_path):
@@ -206,9 +223,11 @@ def test_transformers_reads_what_we_save(tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     pixels = torch.randn(2, 3, 30, 30)
     with torch.no_grad():
-        assert relative(ours(pixels, IDS), theirs.eval()(input_ids=IDS, pixel_values=pixels).logits_per_image) < 1e-5
+        assert relative(ours(pixels, IDS),
+                        theirs.eval()(input_ids=IDS, pixel_values=pixels).logits_per_image) < 1e-5
     again = CLIP.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
     vision = transformers.CLIPVisionModel.from_pretrained(tmp_path)
     assert relative(ours.vision(pixels)[-1], vision(pixels).last_hidden_state) < 1e-5
 
@@ -218,15 +237,18 @@ def test_image_tower_from_every_layout(tmp_path, layout):
     theirs = shake(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)))
     theirs.save_pretrained(tmp_path)
     flat = load_file(tmp_path / "model.safetensors")
-    assert "embeddings.class_embedding" in flat             # what transformers 5 writes
+    assert "embeddings.class_embedding" in flat       # what transformers 5 writes
     if layout == "vlm":
         names = clip._from_public(CLIPVision(CLIPVisionConfig(**VISION)))
         tensors = {f"vision.{names[k]}": v for k, v in flat.items()}
-        tensors |= {name: torch.ones(1) for name in ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")}
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanoccra", "vision": VISION, "llm": {}}))
+        tensors |= {
+            name: torch.ones(1)
+            for name in ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")}
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "nanoccra", "vision": VISION, "llm": {}}))
     else:
         tensors = {("" if layout == "flat" else "vision_model.") + k: v for k, v in flat.items()}
-    if layout == "position_ids":                            # older files store this buffer
+    if layout == "position_ids":                      # older files store this buffer
         tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     pixels = torch.randn(1, 3, 30, 30)
@@ -237,12 +259,14 @@ def test_image_tower_from_every_layout(tmp_path, layout):
 
 
 def test_the_legacy_end_of_text_rule(tmp_path):
-    """eos_token_id = 2, as in OpenAI's own files: the text ends at its highest id, wherever 2 stands."""
+    """eos_token_id = 2, as in OpenAI's own files: the text ends at its highest id, wherever 2
+    stands."""
     theirs = public_clip(eos_token_id=2)
     theirs.save_pretrained(tmp_path)
     ids = torch.tensor([[2, 5, 98, 2, 2], [3, 97, 4, 2, 1]])
     with torch.no_grad():
-        got, want = CLIP.from_pretrained(tmp_path).encode_text(ids), theirs.get_text_features(ids).pooler_output
+        got, want = CLIP.from_pretrained(tmp_path).encode_text(ids), theirs.get_text_features(
+            ids).pooler_output
     assert relative(got, want) < 1e-5
 
 
@@ -262,7 +286,9 @@ def test_it_trains_from_scratch():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(10):
         logits = model(pixels, ids)
-        losses.append(sum(torch.nn.functional.cross_entropy(x, torch.arange(8)) for x in (logits, logits.T)) / 2)
+        losses.append(
+            sum(torch.nn.functional.cross_entropy(x, torch.arange(8))
+                for x in (logits, logits.T)) / 2)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -270,7 +296,7 @@ def test_it_trains_from_scratch():
     assert losses[-1] < 0.2 * losses[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 def noise(width, height, mode="RGB"):
@@ -279,12 +305,14 @@ def noise(width, height, mode="RGB"):
 
 
 # width, height: landscape, portrait, already square, one off, tiny, slivers, odd
-SIZES = [(640, 480), (480, 640), (336, 336), (337, 336), (335, 336), (28, 28), (1, 1), (1, 17), (17, 1), (3, 50),
-         (2, 3), (101, 99), (255, 256), (500, 333), (333, 500), (7, 300), (1023, 767), (96, 96), (671, 337)]
+SIZES = [(640, 480), (480, 640), (336, 336), (337, 336), (335, 336), (28, 28), (1, 1), (1, 17),
+         (17, 1), (3, 50), (2, 3), (101, 99), (255, 256), (500, 333), (333, 500), (7, 300),
+         (1023, 767), (96, 96), (671, 337)]
 
 
 def processor(size):
-    return transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": size},
+                                              crop_size={"height": size, "width": size})
 
 
 def llava_square(image):
@@ -359,7 +387,7 @@ def test_open_image(tmp_path, monkeypatch):
         open_image(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is wrong is named
 
 @pytest.mark.parametrize("key, value", [("hidden_act", "gelu"), ("num_channels", 1), ("attention_dropout", 0.1),
@@ -383,7 +411,8 @@ def test_defaults_of_partial_configs_are_clips_own(tmp_path):
 
 def test_wrong_folders_and_inputs_are_named(tmp_path):
     public_clip().save_pretrained(tmp_path)
-    good, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    good, config = load_file(tmp_path / "model.safetensors"), json.loads(
+        (tmp_path / "config.json").read_text())
 
     def broken(tensors, config, reader, match):
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -395,12 +424,15 @@ def test_wrong_folders_and_inputs_are_named(tmp_path):
         broken(good | {"vision_model.extra": torch.ones(1)}, config, reader, "vision_model.extra")
         rest = {k: v for k, v in good.items() if k != "vision_model.post_layernorm.bias"}
         broken(rest, config, reader, "post_layernorm.bias")
-        broken(good | {"vision_model.embeddings.class_embedding": torch.ones(5)}, config, reader, "class_embedding")
+        broken(good | {"vision_model.embeddings.class_embedding": torch.ones(5)}, config, reader,
+               "class_embedding")
         broken(good, config | {"model_type": "siglip"}, reader, "siglip")
-        broken(good, config | {"vision_config": config["vision_config"] | {"hidden_act": "gelu"}}, reader, "hidden_act")
+        broken(good, config | {"vision_config": config["vision_config"] | {"hidden_act": "gelu"}},
+               reader, "hidden_act")
         broken(good, config | {"vision_config": 3}, reader, "vision")
     broken(good, config | {"projection_dim": 25}, CLIP, "projection.weight")
-    broken(good, config | {"text_config": config["text_config"] | {"num_channels": 1}}, CLIP, "num_channels")
+    broken(good, config | {"text_config": config["text_config"] | {"num_channels": 1}}, CLIP,
+           "num_channels")
 
     tower = CLIPVision(CLIPVisionConfig(**VISION))
     for shape in [(1, 3, 28, 28), (3, 30, 30), (1, 1, 30, 30), (1, 3, 30, 31)]:
@@ -411,5 +443,5 @@ def test_wrong_folders_and_inputs_are_named(tmp_path):
     text = clip.CLIPText(CLIPTextConfig(**TEXT))
     with pytest.raises(UserError, match="10 tokens.*9 positions"):
         text(torch.zeros(1, 10, dtype=torch.long))
-    with pytest.raises(UserError, match="98"):              # transformers would take the first token's state
+    with pytest.raises(UserError, match="98"):     # transformers would take the first token's state
         text.pooled(torch.zeros(2, 2, 32), torch.tensor([[1, 98], [1, 2]]))

@@ -2,8 +2,8 @@
 
     NANOCCRA_GPU=1 python -m pytest -s tests/test_gpu.py
 
-Otherwise the tests hide GPUs (conftest.py), so that they are the same anywhere. What the paper's sizes take on a GPU,
-in seconds and GiB, tests/card.py measures.
+Otherwise the tests hide GPUs (conftest.py), so that they are the same anywhere. What the paper's
+sizes take on a GPU, in seconds and GiB, tests/card.py measures.
 """
 import csv
 import subprocess
@@ -27,7 +27,8 @@ from tests.test_train import uneven_samples
 from toy import exam
 from toy import world as toy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NANOCCRA_GPU is not set, or there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
+                                reason="NANOCCRA_GPU is not set, or there is no GPU")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -48,12 +49,13 @@ def apart(x, exact):
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 2e-3)])
 def test_attention_in_all_its_shapes(dtype, most):
     """With and without mask, causal or not, with a row that may look nowhere; gradients, too."""
-    for hd, Tq, causal, masked in [(64, 70, True, False), (128, 70, True, True), (32, 70, False, True),
-                                   (64, 577, False, False), (64, 1, False, True), (128, 600, True, False)]:
+    for hd, Tq, causal, masked in [(64, 70, True, False), (128, 70, True, True),
+                                   (32, 70, False, True), (64, 577, False, False),
+                                   (64, 1, False, True), (128, 600, True, False)]:
         x = [torch.randn(2, 4, T, hd, dtype=torch.float64) for T in (Tq, max(Tq, 70), max(Tq, 70))]
         mask = torch.rand(2, 1, 1, x[1].shape[2]) < 0.7 if masked else None
         if masked:
-            mask[0, ..., 0] = False                          # position 0 sees only itself, so nothing
+            mask[0, ..., 0] = False                        # position 0 sees only itself, so nothing
         results = []
         for device, kind in ((CPU, torch.float64), (GPU, dtype)):
             q, k, v = (t.detach().to(device, kind).requires_grad_() for t in x)
@@ -65,13 +67,17 @@ def test_attention_in_all_its_shapes(dtype, most):
 
 
 def test_the_tower_is_not_rounded(tokenizer):
-    """In float32 all states of the tower agree to float32's precision: cuDNN would take TF32 for the patches."""
-    pixels = torch.stack([toy.preprocess(toy.draw(item.scene), 96, pad=True) for item in exam.exam(0, 8)])
+    """In float32 all states of the tower agree to float32's precision: cuDNN would take TF32 for
+    the patches."""
+    pixels = torch.stack([
+        toy.preprocess(toy.draw(item.scene), 96, pad=True) for item in exam.exam(0, 8)])
     with torch.no_grad():
-        ours, exact = load(torch.float32, GPU).vision(pixels.to(GPU)), load(torch.float32, CPU).vision(pixels)
+        ours, exact = load(torch.float32, GPU).vision(pixels.to(GPU)), load(torch.float32,
+                                                                            CPU).vision(pixels)
     for l, (a, b) in enumerate(zip(ours, exact)):
         assert apart(a, b) < 1e-5, l
-    tower, pixels = CLIPVision(CLIPVisionConfig(num_hidden_layers=1)), torch.randn(4, 3, 336, 336)   # ViT-L/336's width
+    tower, pixels = CLIPVision(CLIPVisionConfig(num_hidden_layers=1)), torch.randn(
+        4, 3, 336, 336)  # ViT-L/336's width
     with torch.no_grad():
         exact = tower.double()(pixels.double())
         ours = tower.float().to(GPU)(pixels.to(GPU))
@@ -87,11 +93,13 @@ def test_answers(tokenizer):
         same = sum(a == b for a, b in zip(texts, exact))
         found[dtype] = same, exam.score_toy(items, texts)["accuracy"]
     print(f"\nanswers of 500 that are float32's on a CPU, accuracy: {found}")
-    assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[torch.bfloat16][0] >= 470
+    assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[
+        torch.bfloat16][0] >= 470
 
 
 def test_a_recording_says_the_same(tokenizer):
-    """40 tokens, most of them replayed: the ids that come without a recording, for rows of unequal length, too."""
+    """40 tokens, most of them replayed: the ids that come without a recording, for rows of unequal
+    length, too."""
     model = load(torch.float32, GPU)
     embeds = model.llm.embed(torch.randint(3, 300, (3, 30), device=GPU))
     padded = torch.arange(30, device=GPU) >= torch.tensor([[0], [7], [29]], device=GPU)
@@ -105,12 +113,14 @@ def test_a_recording_says_the_same(tokenizer):
 def gradients(device, dtype, samples):
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32, device=device)
     trained = train.freeze(model, 2)
-    loss = train.train_step(model, [data.collate(rows) for rows in train.split(samples, 4)], device, dtype)
+    loss = train.train_step(model, [data.collate(rows) for rows in train.split(samples, 4)], device,
+                            dtype)
     return loss, {name: p.grad.cpu() for name, p in trained.items()}
 
 
 def test_a_training_step(tokenizer):
-    """Rows with and without a picture. float32: the CPU's gradients; autocast to bfloat16: nearly its direction."""
+    """Rows with and without a picture. float32: the CPU's gradients; autocast to bfloat16: nearly
+    its direction."""
     samples = uneven_samples(tokenizer)
     for sample in samples:
         sample["pixels"] = torch.nn.functional.interpolate(sample["pixels"][None], 96)[0]
@@ -121,16 +131,20 @@ def test_a_training_step(tokenizer):
     worst = max((apart(ours[name], g), name) for name, g in exact.items() if g.norm() > 0)
     flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, rounded)]
     near = cosine_similarity(*flat, dim=0).item()
-    print(f"\ngradients: float32 apart by {worst[0]:.1e} at most ({worst[1]}), bfloat16's cosine {near:.4f}")
+    print(
+        f"\ngradients: float32 apart by {worst[0]:.1e} at most ({worst[1]}), bfloat16's cosine {near:.4f}"
+    )
     assert worst[0] < 1e-3 and near > 0.99
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_fuser(name, monkeypatch):
-    """The loss and all gradients in float64, and the maps; a row without a picture among them. RoPE's angles, which are
-    float32 and differ in their last digit between devices, are the CPU's on both."""
+    """The loss and all gradients in float64, and the maps; a row without a picture among them.
+    RoPE's angles, which are float32 and differ in their last digit between devices, are the CPU's
+    on both."""
     rope = llama.rope
-    monkeypatch.setattr(llama, "rope", lambda config, at: tuple(x.to(at.device) for x in rope(config, at.cpu())))
+    monkeypatch.setattr(llama, "rope",
+                        lambda config, at: tuple(x.to(at.device) for x in rope(config, at.cpu())))
     model, results = tiny_vlm(name), []
     ids = torch.randint(3, 50, (3, 9))
     ids[0, 1] = ids[1, 4] = IMAGE_TOKEN
@@ -142,38 +156,49 @@ def test_every_fuser(name, monkeypatch):
         loss = model(*batch, labels=labels.to(device))
         loss.backward()
         maps = model.look(*(batch[i] for i in (0, 2, 3)))[1]
-        results.append([loss.detach().cpu(), *(m.detach().cpu() for m in maps.values()),
-                        *(p.grad.to(CPU, copy=True) for p in model.parameters() if p.grad is not None)])
+        results.append([
+            loss.detach().cpu(), *(m.detach().cpu() for m in maps.values()),
+            *(p.grad.to(CPU, copy=True) for p in model.parameters() if p.grad is not None)])
     for exact, ours in zip(*results, strict=True):
         assert torch.allclose(ours, exact, rtol=1e-7, atol=1e-9)
 
 
 def curve(out, *flags, processes=0):
     """log.csv of a training of the embedded model, in a process of its own."""
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
-    command = [sys.executable, *launch, str(ROOT / "train.py"), "--stage", "2", "--world", "toy", "--model",
-               str(toy.MODEL), "--out", str(out), "--batch", "16", "--threads", "4", *flags]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"
+              ] if processes else []
+    command = [
+        sys.executable, *launch,
+        str(ROOT / "train.py"), "--stage", "2", "--world", "toy", "--model",
+        str(toy.MODEL), "--out",
+        str(out), "--batch", "16", "--threads", "4", *flags]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     with open(out / "log.csv", newline="") as file:
-        return [{key: float(x) if x != "-" else None for key, x in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(x) if x != "-" else None for key, x in row.items()}
+                for row in csv.DictReader(file)]
 
 
 def apart_in_loss(rows, others):
-    """The most that a step's loss is away from the other's; the first is 0.003, the others about 0.1."""
+    """The most that a step's loss is away from the other's; the first is 0.003, the others about
+    0.1."""
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, others, strict=True))
 
 
 def test_one_loss_curve(tmp_path):
-    """On a CPU, on a GPU alone, with DDP and sliced (one process, but NCCL, slices and gathering are there), in
-    bfloat16, compiled; stopped and resumed."""
+    """On a CPU, on a GPU alone, with DDP and sliced (one process, but NCCL, slices and gathering
+    are there), in bfloat16, compiled; stopped and resumed."""
     exact, short = ["--dtype", "float32", "--steps", "12"], ["--dtype", "bfloat16", "--steps", "6"]
     ddp, fsdp = ["--parallel", "ddp"], ["--parallel", "fsdp"]
-    runs = dict(cpu=([*exact, "--device", "cpu"], 0), gpu=(exact, 0), ddp=(exact + ddp, 1), fsdp=(exact + fsdp, 1),
-                recompute=([*exact, "--recompute"], 0), parts=([*exact, "--stop-after", "5"], 0), wide=(short, 0),
-                compiled=([*short, "--compile", "--recompute"], 0), sliced=(short + fsdp, 1))
+    runs = dict(cpu=([*exact, "--device",
+                      "cpu"], 0), gpu=(exact, 0), ddp=(exact + ddp, 1), fsdp=(exact + fsdp, 1),
+                recompute=([*exact, "--recompute"], 0), parts=([*exact, "--stop-after", "5"], 0),
+                wide=(short, 0), compiled=([*short, "--compile",
+                                            "--recompute"], 0), sliced=(short + fsdp, 1))
     with ThreadPoolExecutor(5) as pool:
-        waits = {name: pool.submit(curve, tmp_path / name, *flags, processes=n) for name, (flags, n) in runs.items()}
+        waits = {
+            name: pool.submit(curve, tmp_path / name, *flags, processes=n)
+            for name, (flags, n) in runs.items()}
         found = {name: wait.result() for name, wait in waits.items()}
     resumed = curve(tmp_path / "parts", *exact)
     for name in ("gpu", "ddp", "fsdp", "recompute"):
@@ -182,17 +207,25 @@ def test_one_loss_curve(tmp_path):
         assert off < 1e-4, name
     same = [a["loss"] == b["loss"] for a, b in zip(found["gpu"], resumed, strict=True)]
     print(f"\nresumed: {sum(same)} of 12 losses to the last digit")
-    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5 and apart_in_loss(found["gpu"], resumed) < 1e-4
+    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5 and apart_in_loss(
+        found["gpu"], resumed) < 1e-4
     for name in ("compiled", "sliced"):
         assert apart_in_loss(found[name], found["wide"]) < 3e-2, name
 
 
 def test_the_command_line(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", str(ROOT / "assets" / "scene.png"), "--q",
-                          "How many donuts are there?", "--device", "cuda", "--heatmap", str(tmp_path / "x.png"),
-                          "--html", str(tmp_path / "x.html")], capture_output=True, text=True)
+    run = subprocess.run([
+        sys.executable,
+        str(ROOT / "sample.py"), "--image",
+        str(ROOT / "assets" / "scene.png"), "--q", "How many donuts are there?", "--device", "cuda",
+        "--heatmap",
+        str(tmp_path / "x.png"), "--html",
+        str(tmp_path / "x.html")], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "3\n", run.stderr
     assert (tmp_path / "x.png").exists() and (tmp_path / "x.html").exists()
-    run = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", str(ROOT / "assets" / "scene.png"), "--q",
-                          "Is there an owl?", "--device", "cuda", "--quant", "int8"], capture_output=True, text=True)
+    run = subprocess.run([
+        sys.executable,
+        str(ROOT / "sample.py"), "--image",
+        str(ROOT / "assets" / "scene.png"), "--q", "Is there an owl?", "--device", "cuda",
+        "--quant", "int8"], capture_output=True, text=True)
     assert run.returncode and "CPU" in run.stderr and "Traceback" not in run.stderr

@@ -1,4 +1,5 @@
-"""The command line as a user meets it: answers on stdout; one clear line and a non-zero exit for whatever is wrong."""
+"""The command line as a user meets it: answers on stdout; one clear line and a non-zero exit for
+whatever is wrong."""
 import json
 import shutil
 import subprocess
@@ -21,13 +22,15 @@ SCENE = ROOT / "assets" / "scene.png"
 
 
 def sample(*arguments, cwd=ROOT, **options):
-    return subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True,
-                          text=True, cwd=cwd, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], capture_output=True,
+        text=True, cwd=cwd, **options)
 
 
 def refused(run, *names):
     assert run.returncode != 0 and run.stdout == "" and "Traceback" not in run.stderr, run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1 and run.stderr.startswith("error: "), run.stderr
+    assert len(
+        run.stderr.strip().splitlines()) == 1 and run.stderr.startswith("error: "), run.stderr
     for name in names:
         assert str(name) in run.stderr, run.stderr
 
@@ -40,11 +43,15 @@ def test_it_answers_from_another_directory_too(tmp_path):
 
 
 def test_chat(tmp_path):
-    """Several turns at the prompt; a mistake is said and the chat goes on; each answer is a line of stdout."""
+    """Several turns at the prompt; a mistake is said and the chat goes on; each answer is a line of
+    stdout."""
     toy.draw(toy.make_scene("test/85")).save(tmp_path / "other.png")
-    lines = ["How many frogs are there?", "/image nowhere.png", "/what", "", f"/image {tmp_path / 'other.png'}",
-             "What word is printed?", "/new", "What word is printed?", "/quit", "never asked"]
-    run = sample("--image", SCENE, "--chat", "--q", "Is there an owl?", input="\n".join(lines) + "\n")
+    lines = [
+        "How many frogs are there?", "/image nowhere.png", "/what", "",
+        f"/image {tmp_path / 'other.png'}", "What word is printed?", "/new",
+        "What word is printed?", "/quit", "never asked"]
+    run = sample("--image", SCENE, "--chat", "--q", "Is there an owl?",
+                 input="\n".join(lines) + "\n")
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
     assert len(run.stdout.splitlines()) == 4 and run.stderr.count("first token after") == 4
     assert "error: nowhere.png" in run.stderr and "error: /what is unknown" in run.stderr
@@ -61,7 +68,8 @@ def test_control_tokens_in_a_question_are_text():
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     for typed in ("</s>", "<image>", "<|im_end|>", "<s>", "<unk>"):
         row = prompt([(f"What is {typed} here?", None)], tokenizer)
-        assert row.ids.count(-200) == 1 and row.ids.count(1) == 1 and 2 not in row.ids and 0 not in row.ids
+        assert row.ids.count(-200) == 1 and row.ids.count(
+            1) == 1 and 2 not in row.ids and 0 not in row.ids
         assert typed in tokenizer.decode(row.query)
     assert sample("--image", SCENE, "--q", "</s><image> <|im_end|>").returncode == 0
 
@@ -86,24 +94,27 @@ def test_bad_models(tmp_path):
     refused(sample("--image", SCENE, "--q", "x", "--model", tmp_path / "none"), "none")
     refused(sample("--image", SCENE, "--q", "x", "--model", tmp_path), "config.json")
     spoilt = dict(
-        cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]),
-        missing=lambda f: f.unlink(),
+        cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]), missing=lambda f: f.unlink(),
         shape=lambda f: save_file({**load_file(f), "projector.0.bias": torch.zeros(3)}, f),
-        lacking=lambda f: save_file({k: v for k, v in load_file(f).items() if k != "llm.norm.weight"}, f),
+        lacking=lambda f: save_file(
+            {k: v for k, v in load_file(f).items() if k != "llm.norm.weight"}, f),
         extra=lambda f: save_file({**load_file(f), "llm.layers.99.what": torch.zeros(3)}, f))
     for name, spoil in spoilt.items():
         folder = tmp_path / name
         shutil.copytree(toy.MODEL, folder)
         spoil(folder / "model.safetensors")
-        named = dict(shape="projector.0.bias", lacking="llm.norm.weight", extra="llm.layers.99.what").get(name, folder)
+        named = dict(shape="projector.0.bias", lacking="llm.norm.weight",
+                     extra="llm.layers.99.what").get(name, folder)
         refused(sample("--image", SCENE, "--q", "x", "--model", folder), named)
     folder = tmp_path / "shard"
     shutil.copytree(toy.MODEL, folder)
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
-    index = dict(metadata={}, weight_map={name: "model-00001-of-00001.safetensors" for name in names})
+    index = dict(metadata={},
+                 weight_map={name: "model-00001-of-00001.safetensors" for name in names})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(sample("--image", SCENE, "--q", "x", "--model", folder), "model-00001-of-00001.safetensors")
+    refused(sample("--image", SCENE, "--q", "x", "--model", folder),
+            "model-00001-of-00001.safetensors")
 
 
 def test_the_embedded_weights_are_small():
@@ -112,13 +123,15 @@ def test_the_embedded_weights_are_small():
 
 
 def test_held_out_accuracy():
-    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give 97.8%."""
+    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give
+    97.8%."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     items, cpu = exam.exam(7, 320), torch.device("cpu")
     seen, grey = (exam.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
                   for grey in (False, True))
-    assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(questions.QUESTIONS)
+    assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(
+        questions.QUESTIONS)
     assert grey["accuracy"] <= 0.45
 
 
@@ -126,7 +139,9 @@ def test_score_toy_by_hand():
     def asked(kind, short, answer=None, new=False):
         turns = [questions.Turn("first?", "x", "x"), questions.Turn("q?", answer or short, short)]
         return exam.Item(None, kind, turns, new, not new)
-    items = [asked("count", a) for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
+
+    items = [asked("count", a)
+             for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
     items += [asked("word", "sun")]
     result = exam.score_toy(items, ["1", "2", "2", "x", "sun"])
     assert result == dict(

@@ -33,7 +33,8 @@ def study(args):
 
 
 def call(program: str, *words: str) -> None:
-    """Another of these programs, in a process of its own. If it fails it has said why, and so this one ends, too."""
+    """Another of these programs, in a process of its own. If it fails it has said why, and so this
+    one ends, too."""
     if code := subprocess.run([sys.executable, str(ROOT / program), *words]).returncode:
         sys.exit(code)
 
@@ -44,7 +45,7 @@ def ship(args):
     tensors = {name: tensor.half() for name, tensor in Tensors(source).items()}
     save(MODEL, tensors, {**read_config(source), "world": "toy"})
     shutil.copyfile(source / "tokenizer.model", MODEL / "tokenizer.model")
-    for log in ("clip.csv", "llama.csv", "stage1/log.csv", "stage2/log.csv"):       # how it was trained
+    for log in ("clip.csv", "llama.csv", "stage1/log.csv", "stage2/log.csv"):   # how it was trained
         (MODEL / "logs").mkdir(exist_ok=True)
         shutil.copyfile(OUT / log, MODEL / "logs" / log.replace("/log", ""))
     draw(make_scene(SCENE)).save(ASSETS / "scene.png")
@@ -75,15 +76,19 @@ def show(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(dest="command", required=True)
     s = sub.add_parser("show", help="draw scenes and print their questions")
     s.add_argument("--n", type=int, default=12)
-    s.add_argument("--split", default="train2", help="which scenes: train1, train2, or test0 (held out)")
-    s = sub.add_parser("retrain", help="train everything from nothing (hours; goes on where it stopped)")
+    s.add_argument("--split", default="train2",
+                   help="which scenes: train1, train2, or test0 (held out)")
+    s = sub.add_parser("retrain",
+                       help="train everything from nothing (hours; goes on where it stopped)")
     s.add_argument("--clip-steps", type=int, default=4000)
     s.add_argument("--llama-steps", type=int, default=4500)
-    sub.add_parser("study", help="does CCRA work? (docs/study.md; hours; started twice, it uses two cores)")
+    sub.add_parser("study",
+                   help="does CCRA work? (docs/study.md; hours; started twice, it uses two cores)")
     sub.add_parser("ship", help="copy the retrained model to assets/toy, where sample.py looks")
     args = p.parse_args()
     if args.command == "show" and args.n < 1:

@@ -10,11 +10,13 @@ from toy.world import SIZE, draw, make_scene
 
 
 class ToyScenes(torch.utils.data.Dataset):
-    """Scenes as train.py wants its samples. Item i is a pure function of (split, i); nothing lies on disk.
+    """Scenes as train.py wants its samples. Item i is a pure function of (split, i); nothing lies
+    on disk.
 
-    stage 1: the picture and its caption ("plain"); stage 2: the picture and a conversation ("v1"). Three scenes in
-    eight are small: in these a question is easily answered, and what answers it carries over. "How many animals" is
-    what is learnt last, so it's asked three times as often as it would be.
+    stage 1: the picture and its caption ("plain"); stage 2: the picture and a conversation ("v1").
+    Three scenes in eight are small: in these a question is easily answered, and what answers it
+    carries over. "How many animals" is what is learnt last, so it's asked three times as often as
+    it would be.
     """
 
     def __init__(self, split, n, stage, tokenizer, size=SIZE):
@@ -35,7 +37,8 @@ class ToyScenes(torch.utils.data.Dataset):
         scene = self.scene(i)
         turns = conversation(scene, also=["category", "category"]) if self.stage == 2 else []
         turns = turns or [("Describe the picture.", caption(scene))]
-        return render(record(turns, image="toy"), self.tokenizer, "plain" if self.stage == 1 else "v1")
+        return render(record(turns, image="toy"), self.tokenizer,
+                      "plain" if self.stage == 1 else "v1")
 
     def length(self, i):
         """Tokens of sample i's text."""

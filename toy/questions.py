@@ -31,19 +31,22 @@ def plural(name):
 
 
 def caption(scene: Scene) -> str:
-    """Everything in the scene with its place, in the scene's (random) order: "cat top left, red square middle, ..."."""
+    """Everything in the scene with its place, in the scene's (random) order: "cat top left, red
+    square middle, ..."."""
     return ", ".join(f"{thing.text()} {PLACES[thing.cell]}" for thing in scene.things)
 
 
 def grid(scene: Scene) -> str:
-    """The same by place, row by row, as a picture's patches come: "top left - top cat top right red square ..."."""
+    """The same by place, row by row, as a picture's patches come: "top left - top cat top right red
+    square ..."."""
     cell = {thing.cell: thing.text() for thing in scene.things}
     return " ".join(f"{place} {cell.get(i, '-')}" for i, place in enumerate(PLACES))
 
 
 def glimpses(scene: Scene, ground="") -> str:
-    """The same as a picture's patches would tell it, row by row: a large thing again and again, so that whoever counts
-    has to count places. ground: what patches with nothing on them tell, anywhere."""
+    """The same as a picture's patches would tell it, row by row: a large thing again and again, so
+    that whoever counts has to count places. ground: what patches with nothing on them tell,
+    anywhere."""
     rng, seen = random.Random("glimpses/" + scene.key), []
     for thing, x, y, side, _ in layout(scene):
         left, top, right, bottom = box(thing, x, y, side)
@@ -55,28 +58,35 @@ def glimpses(scene: Scene, ground="") -> str:
     return " ".join(text for _, text in sorted(seen, key=lambda row: row[0]))
 
 
-# Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an apple", {s} is "cats".
-# No word of the latter is new, only their order is: a model of six layers can't know what it has never read.
+# Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an
+# apple", {s} is "cats". No word of the latter is new, only their order is: a model of six layers
+# can't know what it has never read.
 PHRASES = {
-    "count": ("How many {s} are there?/How many {s} do you see?/Count the {s}./What is the number of {s}?/"
-              "How many {s} are in the picture?|How many {s} can you see?/Tell me the number of {s}."),
-    "presence": ("Is there {a}?/Do you see {a}?/Is {a} in the picture?/Can you see {a}?/Is there {a} here?|"
-                 "Is {a} here?/Do you see {a} in the picture?"),
-    "where": ("Where is the {k}?/In which place is the {k}?/Find the {k}./Tell me where the {k} is./"
-              "Where can you see the {k}?|Where do you see the {k}?/In which place do you see the {k}?"),
-    "left-of": ("Is the {k} left of the {j}?/Is the {k} to the left of the {j}?/Do you see the {k} left of the {j}?/"
-                "Can you see the {k} to the left of the {j}?|Do you see the {k} to the left of the {j}?/"
-                "Can you see the {k} left of the {j}?"),
-    "colour": ("What color is the {k}?/What is the color of the {k}?/Which color does the {k} have?/"
-               "Tell me the color of the {k}.|Which color is the {k}?/What color does the {k} have?"),
-    "word": ("What word is printed?/What does the text say?/Read the word./Tell me the word./Which word do you see?/"
-             "What is the word?/What is the text?/Which text is printed?/Read the printed text.|"
-             "What word do you see?/Read the text."),
+    "count": (
+        "How many {s} are there?/How many {s} do you see?/Count the {s}./What is the number of {s}?/"
+        "How many {s} are in the picture?|How many {s} can you see?/Tell me the number of {s}."),
+    "presence":
+        ("Is there {a}?/Do you see {a}?/Is {a} in the picture?/Can you see {a}?/Is there {a} here?|"
+         "Is {a} here?/Do you see {a} in the picture?"),
+    "where":
+        ("Where is the {k}?/In which place is the {k}?/Find the {k}./Tell me where the {k} is./"
+         "Where can you see the {k}?|Where do you see the {k}?/In which place do you see the {k}?"),
+    "left-of": (
+        "Is the {k} left of the {j}?/Is the {k} to the left of the {j}?/Do you see the {k} left of the {j}?/"
+        "Can you see the {k} to the left of the {j}?|Do you see the {k} to the left of the {j}?/"
+        "Can you see the {k} left of the {j}?"),
+    "colour":
+        ("What color is the {k}?/What is the color of the {k}?/Which color does the {k} have?/"
+         "Tell me the color of the {k}.|Which color is the {k}?/What color does the {k} have?"),
+    "word": (
+        "What word is printed?/What does the text say?/Read the word./Tell me the word./Which word do you see?/"
+        "What is the word?/What is the text?/Which text is printed?/Read the printed text.|"
+        "What word do you see?/Read the text."),
     "it": "Where is it?/In which place is it?/Tell me where it is.|Where can you see it?/Where do you see it?",
-    "it-left": ("Is it left of the {j}?/Is it to the left of the {j}?/Do you see it left of the {j}?|"
-                "Do you see it to the left of the {j}?/Can you see it left of the {j}?"),
-    "and": "And how many {s}?/And the {s}?|And how many {s} are there?/And the number of {s}?",
-}
+    "it-left":
+        ("Is it left of the {j}?/Is it to the left of the {j}?/Do you see it left of the {j}?|"
+         "Do you see it to the left of the {j}?/Can you see it left of the {j}?"),
+    "and": "And how many {s}?/And the {s}?|And how many {s} are there?/And the number of {s}?", }
 PHRASES = {kind: [part.split("/") for part in text.split("|")] for kind, text in PHRASES.items()}
 PHRASES["category"] = PHRASES["count"]
 SENTENCE = [" Answer in a sentence.", " Say it in a sentence."]
@@ -85,7 +95,8 @@ QUESTIONS = ["count", "presence", "where", "left-of", "colour", "word", "categor
 
 @dataclass
 class Turn:
-    """A question and its answer; short: the answer without its sentence, by which the commonest answer is told."""
+    """A question and its answer; short: the answer without its sentence, by which the commonest
+    answer is told."""
     question: str
     answer: str
     short: str
@@ -96,15 +107,17 @@ def phrase(kind, rng, new=False, **names) -> str:
 
 
 def say(turn: Turn, sentence: str, rng, chance=0.25) -> Turn:
-    """The turn as it is, or, by chance, with the wish for a sentence and the sentence for an answer."""
+    """The turn as it is, or, by chance, with the wish for a sentence and the sentence for an
+    answer."""
     if rng.random() >= chance:
         return turn
     return replace(turn, question=turn.question + rng.choice(SENTENCE), answer=sentence)
 
 
 def count(scene, rng, new, kind="count", first=""):
-    """"How many cats", "How many animals": a fifth asks for what isn't there, else every number that occurs is equally
-    likely. first: the name that the turn before asked about, not to be asked again ("And how many dogs?")."""
+    """"How many cats", "How many animals": a fifth asks for what isn't there, else every number
+    that occurs is equally likely. first: the name that the turn before asked about, not to be asked
+    again ("And how many dogs?")."""
     if not (objects := scene.objects()):
         return None
     totals = {k: objects.count(k) for k in KINDS} if kind != "category" else \
@@ -121,7 +134,8 @@ def missing(scene, rng) -> str:
     """A kind that isn't there; sometimes the look-alike of one that is."""
     objects = scene.objects()
     alike = [LOOKALIKE[o] for o in objects if o in LOOKALIKE and LOOKALIKE[o] not in objects]
-    return rng.choice(alike if alike and rng.random() < 0.2 else [k for k in KINDS if k not in objects])
+    return rng.choice(
+        alike if alike and rng.random() < 0.2 else [k for k in KINDS if k not in objects])
 
 
 def presence(scene, rng, new, kind="presence"):
@@ -136,11 +150,14 @@ def presence(scene, rng, new, kind="presence"):
 def singles(scene):
     """What "the cat" can mean: the shape, and the objects of which there is one."""
     objects = scene.objects()
-    return [t for t in scene.things if t.what == "shape" or t.what == "object" and objects.count(t.name) == 1]
+    return [
+        t for t in scene.things
+        if t.what == "shape" or t.what == "object" and objects.count(t.name) == 1]
 
 
 def place(scene, rng, new, kind="where", it=None):
-    """"Where is the cat?" (sometimes of what isn't there), or "Where is it?" of a thing that was spoken of."""
+    """"Where is the cat?" (sometimes of what isn't there), or "Where is it?" of a thing that was
+    spoken of."""
     single = singles(scene)
     absent = it is None and rng.random() < 0.15
     if not single and not absent:
@@ -153,7 +170,8 @@ def place(scene, rng, new, kind="where", it=None):
 
 
 def left_of(scene, rng, new, kind="left-of", it=None):
-    """"Is the cat left of the dog?", of two single things in different columns; of a held-out pair if there is one."""
+    """"Is the cat left of the dog?", of two single things in different columns; of a held-out pair
+    if there is one."""
     pairs = [(a, b) for a in singles(scene) for b in singles(scene)
              if a.cell % 3 != b.cell % 3 and (it is None or a.name == it.name)]
     if not pairs:
@@ -162,7 +180,8 @@ def left_of(scene, rng, new, kind="left-of", it=None):
     # both orders are in the list, so yes and no are equally likely
     short, side = ("yes", "left") if a.cell % 3 < b.cell % 3 else ("no", "right")
     sentence = f"{short.capitalize()}, {'it' if it else f'the {a.name}'} is {side} of the {b.name}."
-    return a.name, say(Turn(phrase(kind, rng, new, k=a.name, j=b.name), short, short), sentence, rng)
+    return a.name, say(Turn(phrase(kind, rng, new, k=a.name, j=b.name), short, short), sentence,
+                       rng)
 
 
 def told(scene, rng, new, kind):
@@ -177,19 +196,21 @@ def told(scene, rng, new, kind):
 def ask(scene: Scene, kind: str, rng: random.Random, new=False):
     """A question of a kind about a scene: [Turn], or None if this scene doesn't allow the kind.
 
-    A "follow-up" is two turns, of which the second can't be understood without the first: "Is there a cat?", "Where is
-    it?". new: in a phrasing that training never uses.
+    A "follow-up" is two turns, of which the second can't be understood without the first: "Is there
+    a cat?", "Where is it?". new: in a phrasing that training never uses.
     """
     if kind == "follow-up":
         return follow(scene, rng, new)
-    makers = {"count": count, "category": count, "presence": presence, "where": place, "left-of": left_of,
-              "colour": told, "word": told}
+    makers = {
+        "count": count, "category": count, "presence": presence, "where": place, "left-of": left_of,
+        "colour": told, "word": told}
     made = makers[kind](scene, rng, new, kind)
     return made and [made[1]]
 
 
 def follow(scene: Scene, rng, new):
-    """Two turns about one thing, or "How many cats?", "And the dogs?". Only the second is in a new phrasing."""
+    """Two turns about one thing, or "How many cats?", "And the dogs?". Only the second is in a new
+    phrasing."""
     style = rng.choice(["it", "it", "it-left", "it-left", "and"])
     if style == "and":
         first = count(scene, rng, False)
@@ -203,15 +224,17 @@ def follow(scene: Scene, rng, new):
 
 
 def conversation(scene: Scene, max_turns=8, also=()) -> list:
-    """One question (30%) or up to max_turns with their answers, of different kinds as far as the scene allows:
-    [(question, answer)]; empty if the scene allows none. also: kinds to be asked more often than the others."""
+    """One question (30%) or up to max_turns with their answers, of different kinds as far as the
+    scene allows: [(question, answer)]; empty if the scene allows none. also: kinds to be asked more
+    often than the others."""
     rng = random.Random("ask/" + scene.key)
     kinds = QUESTIONS + ["count", "presence", "where", "left-of", "follow-up", *also]
     rng.shuffle(kinds)
     wanted, turns = 1 if rng.random() < 0.3 else rng.randint(2, max_turns), []
     for kind in kinds:
         new = ask(scene, kind, rng) or []
-        if len(turns) < wanted and not {turn.question for turn in new[:1]} & {question for question, _ in turns}:
+        if len(turns) < wanted and not {turn.question
+                                        for turn in new[:1]} & {question for question, _ in turns}:
             turns += [(turn.question, turn.answer) for turn in new]
     return turns
 
@@ -220,6 +243,7 @@ def record(turns, image="") -> dict:
     """Turns as a LLaVA record; with an image its slot stands before the first question."""
     said = []
     for i, (question, answer) in enumerate(turns):
-        said.append({"from": "human", "value": ("<image>\n" if image and i == 0 else "") + question})
+        said.append({
+            "from": "human", "value": ("<image>\n" if image and i == 0 else "") + question})
         said.append({"from": "gpt", "value": answer})
     return {"id": image, **({"image": image} if image else {}), "conversations": said}

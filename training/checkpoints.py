@@ -17,13 +17,15 @@ from training.sharding import rows
 
 
 class Checkpoints:
-    """The numbered checkpoints of one training run, in folder/step-00000123; the last `keep` of them stay."""
+    """The numbered checkpoints of one training run, in folder/step-00000123; the last `keep` of
+    them stay."""
 
     def __init__(self, folder: Path, keep=2):
         self.folder, self.keep = Path(folder), keep
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, oldest first. What a kill left half-written isn't one."""
+        """The steps there are checkpoints of, oldest first. What a kill left half-written isn't
+        one."""
         found = [p.name for p in self.folder.glob("step-*") if (p / "state.json").is_file()]
         return sorted(int(name[5:]) for name in found if name[5:].isdecimal())
 
@@ -35,16 +37,19 @@ class Checkpoints:
         need = 3 * 4 * sum(p.numel() for p in trained.values())
         free = shutil.disk_usage(self.folder.parent).free
         if free < need * 1.05:
-            raise UserError(f"{self.folder}: a checkpoint takes {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
-                            "free; make room or choose another --out")
+            raise UserError(
+                f"{self.folder}: a checkpoint takes {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+                "free; make room or choose another --out")
 
     def save(self, step: int, trained: dict, optimizer, settings: dict):
-        """Model and optimiser after `step` steps. All processes call it; each writes its own rows."""
+        """Model and optimiser after `step` steps. All processes call it; each writes its own rows.
+        """
         target, rank, size = self.path(step), *where()
         tmp = target.with_name(target.name + ".tmp")
         if rank == 0:
             whole = {self.path(old) for old in self.steps()}
-            for leftover in set(self.folder.glob("step-*")) - whole:       # of a kill; as large as a checkpoint
+            # of a kill; as large as a checkpoint
+            for leftover in set(self.folder.glob("step-*")) - whole:
                 shutil.rmtree(leftover, ignore_errors=True)
             tmp.mkdir(parents=True)
         wait()
@@ -57,13 +62,16 @@ class Checkpoints:
                     continue
                 local, first, mine = rows(tensor)
                 if mine and (local.numel() or first == 0):
-                    tensors[f"{kind}.{name}"], spans[f"{kind}.{name}"] = local.cpu().contiguous(), first
+                    tensors[f"{kind}.{name}"], spans[f"{kind}.{name}"] = local.cpu().contiguous(
+                    ), first
         tensors[f"rng.{rank}"] = torch.get_rng_state()
-        save_file(tensors, tmp / f"rank-{rank:04d}.safetensors", metadata={"first_rows": json.dumps(spans)})
+        save_file(tensors, tmp / f"rank-{rank:04d}.safetensors",
+                  metadata={"first_rows": json.dumps(spans)})
         wait()
         if rank == 0:
             updates = {int(state["step"]) for state in optimizer.state.values()}
-            state = dict(step=step, updates=max(updates, default=0), processes=size, settings=settings,
+            state = dict(step=step, updates=max(updates,
+                                                default=0), processes=size, settings=settings,
                          shapes={name: list(p.shape) for name, p in trained.items()})
             (tmp / "state.json").write_text(json.dumps(state, indent=1) + "\n")
             shutil.rmtree(target, ignore_errors=True)
@@ -73,7 +81,8 @@ class Checkpoints:
         wait()
 
     def load(self, trained: dict, optimizer, settings: dict) -> int:
-        """Put the last checkpoint into parameters and optimiser; the step to go on from (0: there is none).
+        """Put the last checkpoint into parameters and optimiser; the step to go on from (0: there
+        is none).
 
         UserError if it is of another model, of a run with other settings, or damaged.
         """
@@ -84,7 +93,9 @@ class Checkpoints:
         try:
             return self._load(folder, trained, optimizer, settings)
         except (SafetensorError, OSError, KeyError) as e:
-            raise UserError(f"{folder}: is damaged ({e}); remove it, and the checkpoint before it is taken") from None
+            raise UserError(
+                f"{folder}: is damaged ({e}); remove it, and the checkpoint before it is taken"
+            ) from None
 
     @staticmethod
     def _load(folder: Path, trained: dict, optimizer, settings: dict) -> int:
@@ -94,9 +105,12 @@ class Checkpoints:
         for key in [*settings, *state["settings"]]:        # those that only one of the two has, too
             before, now = state["settings"].get(key), settings.get(key)
             if before != now:
-                raise UserError(f"{folder} is of a run with {key} {before}, not {now}; remove it or choose another "
-                                "--out")
-        files = [safe_open(folder / f"rank-{i:04d}.safetensors", "pt") for i in range(state["processes"])]
+                raise UserError(
+                    f"{folder} is of a run with {key} {before}, not {now}; remove it or choose another "
+                    "--out")
+        files = [
+            safe_open(folder / f"rank-{i:04d}.safetensors", "pt")
+            for i in range(state["processes"])]
         pieces = {}            # tensor -> [(first row, file)]
         for file in files:
             for name, first in json.loads(file.metadata()["first_rows"]).items():
@@ -108,8 +122,9 @@ class Checkpoints:
                     moments = {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
                     for kind, tensor in moments.items():
                         fill(tensor, pieces[f"{kind}.{name}"], f"{kind}.{name}")
-                    fused = optimizer.defaults.get("fused")            # which counts steps on the device
-                    count = torch.tensor(float(state["updates"]), device=p.device if fused else "cpu")
+                    fused = optimizer.defaults.get("fused")       # which counts steps on the device
+                    count = torch.tensor(float(state["updates"]),
+                                         device=p.device if fused else "cpu")
                     optimizer.state[p] = dict(step=count, **moments)
         rank, size = where()
         if size == state["processes"]:

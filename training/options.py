@@ -12,88 +12,127 @@ from training.order import GROUPS
 
 # Table 5 of the paper, and what suits the embedded world's small towers.
 RECIPES = {
-    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),        # 34 GiB (docs/gpu.md); LLaVA's 32 would be 97
+    ("llava", 1): dict(batch=256, lr=1e-3, micro=8),  # 34 GiB (docs/gpu.md); LLaVA's 32 would be 97
     ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
 }
 TOY_STEPS = {1: 300, 2: 6500}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
-# Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place, source)
+# Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place,
+# source)
 HUB = "https://huggingface.co/"
 PLACES = {
     ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1
             --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
             --images data/LLaVA-Pretrain/images
             of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
-    ("data", 2): ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
+    ("data", 2):
+        ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
             --json data/llava_v1_5_mix665k.json --images data
             of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that
             LLaVA's README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K,
             vg/VG_100K_2"""),
     ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
     ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
-    ("model", 2): ("out/llava/stage1", "train.py --stage 1"),
-}
+    ("model", 2): ("out/llava/stage1", "train.py --stage 1"), }
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: instruction tuning")
-    p.add_argument("--world", choices=("toy", "llava"), help="what to train on (default: llava under torchrun or with "
-                   "--json, else toy)")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", type=int, choices=(1, 2), required=True,
+                   help="1: captions; 2: instruction tuning")
+    p.add_argument(
+        "--world", choices=("toy", "llava"),
+        help="what to train on (default: llava under torchrun or with "
+        "--json, else toy)")
     p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; what "
-                   "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice); they change rounding")
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of matrix products; what "
+        "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
+    p.add_argument("--threads", type=int, default=0,
+                   help="CPU threads (default: torch's choice); they change rounding")
     g = p.add_argument_group("data")
-    g.add_argument("--data", help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
-    g.add_argument("--json", help="a LLaVA json as it is: for thousands of records, not for hundreds of thousands")
-    g.add_argument("--images", help="the folder that the pictures' paths are relative to (with --data: prepare's)")
-    g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs --data; default: "
-                   "modality-length in stage 2, as LLaVA, else none)")
-    g.add_argument("--workers", type=int, help="processes that read pictures (default: embedded world 1, else 4)")
+    g.add_argument("--data",
+                   help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
+    g.add_argument(
+        "--json",
+        help="a LLaVA json as it is: for thousands of records, not for hundreds of thousands")
+    g.add_argument(
+        "--images",
+        help="the folder that the pictures' paths are relative to (with --data: prepare's)")
+    g.add_argument(
+        "--group", choices=GROUPS,
+        help="samples of like length into a step (needs --data; default: "
+        "modality-length in stage 2, as LLaVA, else none)")
+    g.add_argument("--workers", type=int,
+                   help="processes that read pictures (default: embedded world 1, else 4)")
     g = p.add_argument_group("model")
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
     g.add_argument("--llm", help="stage 1: folder of the language model")
     g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
-    g.add_argument("--fuser", choices=NAMED, help="what stands between the towers (README; default: ccra, in stage 2 "
-                   "stage 1's)")
-    g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
-                   help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
-    g.add_argument("--train-vision", action="store_true", help="stage 2: train the vision tower, too (appendix B)")
-    g.add_argument("--query", choices=data.QUERIES, help="the questions of a conversation that CCRA reads the picture "
-                   "with: all (default), those so far (a row for every turn), or the first")
+    g.add_argument(
+        "--fuser", choices=NAMED,
+        help="what stands between the towers (README; default: ccra, in stage 2 "
+        "stage 1's)")
+    g.add_argument(
+        "--stage1-ccra", choices=("off", "neutral", "on"), default="off", help=
+        "stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
+    g.add_argument("--train-vision", action="store_true",
+                   help="stage 2: train the vision tower, too (appendix B)")
+    g.add_argument(
+        "--query", choices=data.QUERIES,
+        help="the questions of a conversation that CCRA reads the picture "
+        "with: all (default), those so far (a row for every turn), or the first")
     g.add_argument("--norm", choices=NORMS, help="LN of eq. 5 and 13 (README; default: joint)")
     g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
-    g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"), help="parts made neutral (Table 4)")
-    g = p.add_argument_group("optimisation (the defaults are Table 5's, or the embedded world's own)")
+    g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"),
+                   help="parts made neutral (Table 4)")
+    g = p.add_argument_group(
+        "optimisation (the defaults are Table 5's, or the embedded world's own)")
     g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: 8 and 16; "
-                   "the embedded world's 32 and 8)")
-    g.add_argument("--lr", type=float, help="peak learning rate: 3%% warm-up, then half a cosine to zero")
+    g.add_argument(
+        "--micro", type=int, help="samples in a forward pass of one process (default: 8 and 16; "
+        "the embedded world's 32 and 8)")
+    g.add_argument("--lr", type=float,
+                   help="peak learning rate: 3%% warm-up, then half a cosine to zero")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     g.add_argument("--steps", type=int, help="default: one epoch")
-    g.add_argument("--max-length", type=int, help="tokens of a row, the picture's included (default: 2048; for --plan "
-                   "of stage 1 640, since captions are short)")
+    g.add_argument(
+        "--max-length", type=int,
+        help="tokens of a row, the picture's included (default: 2048; for --plan "
+        "of stage 1 640, since captions are short)")
     g.add_argument("--seed", type=int, default=42)
     g = p.add_argument_group("several processes and large models")
-    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the whole model, or a "
-                   "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
-    g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice parameters between forward "
-                   "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
-    g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy of the model "
-                   "(default: those of one machine; further machines hold copies: HSDP)")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="forget what happens inside of a block "
-                   "and compute it again in the backward (default: with fsdp)")
+    g.add_argument(
+        "--parallel", choices=("none", "ddp", "fsdp"),
+        help="every process holds the whole model, or a "
+        "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
+    g.add_argument(
+        "--shard", choices=("full", "grad"), default="full",
+        help="fsdp: slice parameters between forward "
+        "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
+    g.add_argument(
+        "--shard-size", type=int, default=0,
+        help="fsdp: processes that share one copy of the model "
+        "(default: those of one machine; further machines hold copies: HSDP)")
+    g.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction,
+        help="forget what happens inside of a block "
+        "and compute it again in the backward (default: with fsdp)")
     g.add_argument("--compile", action="store_true", help="torch.compile for every block")
     g = p.add_argument_group("while it runs")
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
-    g.add_argument("--stop-after", type=int, default=0, help="stop after this step as if interrupted (0: never)")
-    g.add_argument("--ask-every", type=int, default=0, metavar="N", help="every N steps, answers to a few held-out "
-                   "questions of the embedded world")
+    g.add_argument("--stop-after", type=int, default=0,
+                   help="stop after this step as if interrupted (0: never)")
+    g.add_argument(
+        "--ask-every", type=int, default=0, metavar="N",
+        help="every N steps, answers to a few held-out "
+        "questions of the embedded world")
     g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
     g = p.add_argument_group("planning")
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
@@ -109,7 +148,8 @@ def complete(args):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     given = args.json or args.data
     check_numbers(args)
-    args.world = args.world or ("llava" if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
+    args.world = args.world or ("llava"
+                                if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
     if args.json and args.data:
         raise UserError("--json and --data are two ways to say what to train on: give one")
     if args.world == "toy" and given:
@@ -117,17 +157,22 @@ def complete(args):
     if args.world == "toy" and args.plan:
         raise UserError("--plan is about LLaVA's data and sizes like it: leave --world toy out")
     for (flag, stage), (place, _) in PLACES.items() if args.world == "llava" else ():
-        if stage == args.stage and getattr(args, flag) is None and not (flag == "data" and args.json):
+        if stage == args.stage and getattr(args,
+                                           flag) is None and not (flag == "data" and args.json):
             setattr(args, flag, place)
     args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
     if args.group != "none" and not args.data:
-        raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data")
+        raise UserError(
+            f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data"
+        )
     if args.images and not (args.json or args.data):
         raise UserError("--images belongs to --json or --data")
     if args.stage == 1 and args.model:
-        raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")
+        raise UserError(
+            "--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")
     if args.stage == 2 and (args.vision or args.llm):
-        raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
+        raise UserError(
+            "--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
     if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
         raise UserError(f"--norm, --order and --off belong to CCRA, not to --fuser {args.fuser}")
     args.mode = args.stage1_ccra if args.stage == 1 else "on"
@@ -138,7 +183,8 @@ def complete(args):
     if args.parallel == "none" and processes > 1:
         raise UserError(f"--parallel none doesn't go with {processes} processes")
     if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
-        raise UserError(f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
+        raise UserError(
+            f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
     if args.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs `pip install wandb`")
     args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
@@ -153,8 +199,8 @@ def complete(args):
 
 
 def check_numbers(args):
-    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1, stop_after=0, ask_every=0,
-                 threads=0, workers=0, shard_size=0)
+    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1,
+                 stop_after=0, ask_every=0, threads=0, workers=0, shard_size=0)
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
@@ -163,12 +209,16 @@ def check_numbers(args):
 
 
 def check_places(args):
-    """UserError with everything that is missing, where it was looked for and where to get it, before work starts."""
+    """UserError with everything that is missing, where it was looked for and where to get it,
+    before work starts."""
     if args.world == "toy":
         return
-    missing = [(flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
-               if stage == args.stage and getattr(args, flag) and not Path(getattr(args, flag)).exists()]
+    missing = [
+        (flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
+        if stage == args.stage and getattr(args, flag) and not Path(getattr(args, flag)).exists()]
     if missing:
-        lines = [f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
-        raise UserError("\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] + lines
-                                  + ["For the embedded world, which needs nothing: --world toy"]))
+        lines = [
+            f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
+        raise UserError(
+            "\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] +
+                      lines + ["For the embedded world, which needs nothing: --world toy"]))
