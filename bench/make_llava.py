@@ -1,8 +1,8 @@
 """Write a model of random weights at LLaVA-1.5-7B's real size, in the layout of
 llava-hf/llava-1.5-7b-hf.
 
-    python tests/make_llava.py --out out/llava-random                     14.1 GB, to measure what a 7B model costs
-    python tests/make_llava.py --out out/llava-random --layers 4          the same widths, fewer layers
+    python -m bench.make_llava --out out/llava-random                14.1 GB, to measure a 7B model
+    python -m bench.make_llava --out out/llava-random --layers 4     the same widths, fewer layers
 
 Tensor after tensor goes straight into its file, so this needs the memory of one (0.5 GB in all).
 Weights are N(0, 0.02), norms 1 and biases 0, so that activations and logits stay finite in
@@ -18,17 +18,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ccra import VLM  # noqa: E402
-from clip import CLIPVision, CLIPVisionConfig  # noqa: E402
-from core.common import run
+from ccra import VLM
+from clip import CLIPVision, CLIPVisionConfig
+from core.common import run, write_json
 from core.layouts import llava_hf_name
 from core.weights import INDEX, skeleton
 from fusers.llava import LLaVAConfig
 from llama import Llama, LlamaConfig
 
-DTYPES = {
-    "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"),
-    "float32": (torch.float32, "F32")}
+DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"),
+          "float32": (torch.float32, "F32")}
 STORED = 32064                              # rows of the vocabulary with <image>, <pad> and padding
 
 
@@ -40,29 +39,27 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
                           max_position_embeddings=4096)
         model = VLM.build(CLIPVision(CLIPVisionConfig()), Llama(llm), LLaVAConfig())
     order = ("vision.", "projector.", "llm.")
-    return {
-        llava_hf_name(name): tuple(p.shape) for part in order
-        for name, p in model.named_parameters() if name.startswith(part)}
+    return {llava_hf_name(name): tuple(p.shape) for part in order
+            for name, p in model.named_parameters() if name.startswith(part)}
 
 
-def config(layers: int) -> dict:
+def config(layers: int, dtype: str) -> dict:
     """The hub's, which leaves out the language model's sizes where they are LLaMA-7B's."""
-    text = {
-        "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5,
-        "vocab_size": STORED}
-    vision = {
-        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
-        "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
-        "patch_size": 14, "projection_dim": 768}
-    return {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-        "vision_config": vision,
-        "text_config": text if layers == 32 else {**text, "num_hidden_layers": layers}}
+    text = {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5,
+            "vocab_size": STORED}
+    if layers != 32:
+        text["num_hidden_layers"] = layers
+    vision = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+              "model_type": "clip_vision_model", "num_attention_heads": 16,
+              "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
+    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+            "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu",
+            "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+            "vision_config": vision, "text_config": text, "torch_dtype": dtype}
 
 
 def values(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A tensor's numbers, by its public name, on the CPU."""
     if "norm" in name and name.endswith("weight"):
         return torch.ones(shape, dtype=dtype)
     if name.endswith("bias"):
@@ -77,7 +74,8 @@ def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, l
     table, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         end = at + math.prod(sizes[name]) * dtype.itemsize
-        table[name], at = {"dtype": label, "shape": sizes[name], "data_offsets": [at, end]}, end
+        table[name] = {"dtype": label, "shape": sizes[name], "data_offsets": [at, end]}
+        at = end
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)            # the tensors have to be aligned
     with open(path, "wb") as file:
@@ -88,8 +86,18 @@ def write_shard(path: Path, names: list[str], sizes: dict, dtype: torch.dtype, l
             bar.update(tensor.nbytes)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__,
+def shared_out(sizes: dict, shards: int) -> list[list[str]]:
+    """The names of each file's tensors: cut where a part of the whole is full."""
+    total, at = sum(map(math.prod, sizes.values())), 0
+    names = [[] for _ in range(shards)]
+    for name, shape in sizes.items():
+        names[min(shards - 1, at * shards // total)].append(name)
+        at += math.prod(shape)
+    return names
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m bench.make_llava", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--layers", type=int, default=32,
@@ -102,24 +110,24 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu",
                    help="that draws the numbers; a GPU draws others, faster")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(args.seed)
-    sizes, (dtype, label) = shapes(args.layers), DTYPES[args.dtype]
+    sizes = shapes(args.layers)
+    dtype, label = DTYPES[args.dtype]
     args.out.mkdir(parents=True, exist_ok=True)
-    total, at = sum(map(math.prod, sizes.values())) * dtype.itemsize, 0
-    shards = [[] for _ in range(args.shards)]
-    for name, shape in sizes.items():              # cut where a part of the whole is full
-        shards[min(args.shards - 1, at * args.shards // total)].append(name)
-        at += math.prod(shape) * dtype.itemsize
+    total = sum(map(math.prod, sizes.values())) * dtype.itemsize
     files = [f"model-{i:05d}-of-{args.shards:05d}.safetensors" for i in range(1, args.shards + 1)]
+    shards = dict(zip(files, shared_out(sizes, args.shards)))
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        for file, names in zip(files, shards):
+        for file, names in shards.items():
             write_shard(args.out / file, names, sizes, dtype, label, args.device, bar)
-    index = {"metadata": {"total_size": total},
-             "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-    (args.out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    said = {**config(args.layers), "torch_dtype": args.dtype}
-    (args.out / "config.json").write_text(json.dumps(said, indent=1) + "\n")
+    where = {name: file for file, names in shards.items() for name in names}
+    write_json(args.out / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(args.out / "config.json", config(args.layers, args.dtype))
     if args.tokenizer:
         shutil.copyfile(args.tokenizer, args.out / "tokenizer.model")
     print(f"{args.out}: {len(sizes)} tensors, {total:,} bytes")
