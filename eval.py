@@ -50,7 +50,6 @@ from core.weights import stored_bytes, stored_files
 from data import SYSTEM, collate, prompt, query_of
 from toy import exam, questions
 from toy import world as toy
-from toy.exam import score_toy, show
 
 
 def reply(model: VLM, tokenizer: Tokenizer, rows: list, pixels: list, max_new_tokens: int,
@@ -107,14 +106,14 @@ def toy_exam(args):
     model, tokenizer, device = load(args)
     items = exam.exam(args.seed, args.n or 4000)
     texts = sit(model, tokenizer, items, args.batch, device)
-    result = score_toy(items, texts)
-    grey = score_toy(items, sit(model, tokenizer, items, args.batch, device,
+    result = exam.score(items, texts)
+    grey = exam.score(items, sit(model, tokenizer, items, args.batch, device,
                                 grey=True)) if args.grey else None
     if args.json:
         for kind in result["kinds"] if grey else ():
             result["kinds"][kind]["grey"] = grey["kinds"][kind]["accuracy"]
         return print(json.dumps(result))
-    show(result, grey)
+    exam.show_scores(result, grey)
     for text, item in [
         (t, i) for t, i in zip(texts, items) if t != i.turns[-1].answer][:args.wrong]:
         asked = " / ".join(turn.question for turn in item.turns)

@@ -91,7 +91,7 @@ def test_answers(tokenizer):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         texts = exams.sit(load(dtype, GPU), tokenizer, items, 100, GPU)
         same = sum(a == b for a, b in zip(texts, exact))
-        found[dtype] = same, exam.score_toy(items, texts)["accuracy"]
+        found[dtype] = same, exam.score(items, texts)["accuracy"]
     print(f"\nanswers of 500 that are float32's on a CPU, accuracy: {found}")
     assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[
         torch.bfloat16][0] >= 470

@@ -128,14 +128,14 @@ def test_held_out_accuracy():
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     items, cpu = exam.exam(7, 320), torch.device("cpu")
-    seen, grey = (exam.score_toy(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
+    seen, grey = (exam.score(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=grey))
                   for grey in (False, True))
     assert seen["accuracy"] >= 0.96 and seen["n"] == 320 and set(seen["kinds"]) == set(
         questions.QUESTIONS)
     assert grey["accuracy"] <= 0.45
 
 
-def test_score_toy_by_hand():
+def test_score_by_hand():
     def asked(kind, short, answer=None, new=False):
         turns = [questions.Turn("first?", "x", "x"), questions.Turn("q?", answer or short, short)]
         return exam.Item(None, kind, turns, new, not new)
@@ -143,7 +143,7 @@ def test_score_toy_by_hand():
     items = [asked("count", a)
              for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
     items += [asked("word", "sun")]
-    result = exam.score_toy(items, ["1", "2", "2", "x", "sun"])
+    result = exam.score(items, ["1", "2", "2", "x", "sun"])
     assert result == dict(
         accuracy=0.6, n=5, kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
                                       word=dict(accuracy=1.0, n=1, majority=1.0)),

@@ -1,9 +1,17 @@
-"""TODO toy/questions.py"""
+"""What can be said and asked about a scene of the toy world.
+
+A caption, for stage 1 and for CLIP; the same as text by place or by patch, for a Llama that hasn't
+seen any picture yet; questions of eight kinds with their answers, each in several phrasings, for
+stage 2 and for the exam. Questions are balanced, so that they don't give their answers away
+(tests/toy/test_questions.py).
+
+A new kind of question is a maker, a line in MAKERS, its PHRASES and its name in QUESTIONS.
+"""
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from toy.world import (
-    AT,
     CATEGORIES,
     CATEGORY,
     KINDS,
@@ -19,75 +27,86 @@ from toy.world import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# what can be said and asked about a scene
-
-
-def article(name):
-    return ("an " if name[0] in "aeiou" else "a ") + name
-
-
-def plural(name):
-    return name + ("es" if name.endswith(("s", "x", "ch", "sh", "o")) else "s")
-
+# A scene as text
 
 def caption(scene: Scene) -> str:
     """Everything in the scene with its place, in the scene's (random) order: "cat top left, red
     square middle, ..."."""
-    return ", ".join(f"{thing.text()} {PLACES[thing.cell]}" for thing in scene.things)
+    return ", ".join(located(thing) for thing in scene.things)
+
+
+def located(thing: Thing) -> str:
+    """A thing's part of the caption: "cat top left"."""
+    return f"{thing.text()} {PLACES[thing.cell]}"
 
 
 def grid(scene: Scene) -> str:
     """The same by place, row by row, as a picture's patches come: "top left - top cat top right red
     square ..."."""
-    cell = {thing.cell: thing.text() for thing in scene.things}
-    return " ".join(f"{place} {cell.get(i, '-')}" for i, place in enumerate(PLACES))
+    text = {thing.cell: thing.text() for thing in scene.things}
+    return " ".join(f"{place} {text.get(cell, '-')}" for cell, place in enumerate(PLACES))
 
 
-def glimpses(scene: Scene, ground="") -> str:
+def glimpses(scene: Scene, ground: str = "") -> str:
     """The same as a picture's patches would tell it, row by row: a large thing again and again, so
     that whoever counts has to count places. ground: what patches with nothing on them tell,
     anywhere."""
-    rng, seen = random.Random("glimpses/" + scene.key), []
+    rng = random.Random("glimpses/" + scene.key)
+    seen = []                                                    # ((row, column of a patch), text)
     for thing, x, y, side, _ in layout(scene):
         left, top, right, bottom = box(thing, x, y, side)
         for _ in range(rng.randint(1, 4)):
-            at = rng.uniform(top, bottom) // PATCH, rng.uniform(left, right) // PATCH
-            seen.append((at, f"{thing.text()} {PLACES[thing.cell]}"))
+            row = rng.uniform(top, bottom) // PATCH
+            seen.append(((row, rng.uniform(left, right) // PATCH), located(thing)))
     for _ in range(rng.randint(1, 4) if ground else 0):
-        seen.append(((rng.randrange(SIZE // PATCH), rng.randrange(SIZE // PATCH)), ground))
-    return " ".join(text for _, text in sorted(seen, key=lambda row: row[0]))
+        row = rng.randrange(SIZE // PATCH)
+        seen.append(((row, rng.randrange(SIZE // PATCH)), ground))
+    return " ".join(text for _, text in sorted(seen, key=lambda glimpse: glimpse[0]))
 
 
-# Phrasings in training, and after the bar those that only the exam uses. {a} is "a cat" or "an
-# apple", {s} is "cats". No word of the latter is new, only their order is: a model of six layers
-# can't know what it has never read.
+# --------------------------------------------------------------------------------------------------
+# How it is put
+
+# [those of training, those that only the exam uses]. {a} is "a cat" or "an apple", {k} is "cat",
+# {j} another one, {s} is "cats". No word of the exam's is new, only their order is: a model of six
+# layers can't know what it has never read.
 PHRASES = {
-    "count": (
-        "How many {s} are there?/How many {s} do you see?/Count the {s}./What is the number of {s}?/"
-        "How many {s} are in the picture?|How many {s} can you see?/Tell me the number of {s}."),
-    "presence":
-        ("Is there {a}?/Do you see {a}?/Is {a} in the picture?/Can you see {a}?/Is there {a} here?|"
-         "Is {a} here?/Do you see {a} in the picture?"),
-    "where":
-        ("Where is the {k}?/In which place is the {k}?/Find the {k}./Tell me where the {k} is./"
-         "Where can you see the {k}?|Where do you see the {k}?/In which place do you see the {k}?"),
-    "left-of": (
-        "Is the {k} left of the {j}?/Is the {k} to the left of the {j}?/Do you see the {k} left of the {j}?/"
-        "Can you see the {k} to the left of the {j}?|Do you see the {k} to the left of the {j}?/"
-        "Can you see the {k} left of the {j}?"),
-    "colour":
-        ("What color is the {k}?/What is the color of the {k}?/Which color does the {k} have?/"
-         "Tell me the color of the {k}.|Which color is the {k}?/What color does the {k} have?"),
-    "word": (
-        "What word is printed?/What does the text say?/Read the word./Tell me the word./Which word do you see?/"
-        "What is the word?/What is the text?/Which text is printed?/Read the printed text.|"
-        "What word do you see?/Read the text."),
-    "it": "Where is it?/In which place is it?/Tell me where it is.|Where can you see it?/Where do you see it?",
-    "it-left":
-        ("Is it left of the {j}?/Is it to the left of the {j}?/Do you see it left of the {j}?|"
-         "Do you see it to the left of the {j}?/Can you see it left of the {j}?"),
-    "and": "And how many {s}?/And the {s}?|And how many {s} are there?/And the number of {s}?", }
-PHRASES = {kind: [part.split("/") for part in text.split("|")] for kind, text in PHRASES.items()}
+    "count": [
+        ["How many {s} are there?", "How many {s} do you see?", "Count the {s}.",
+         "What is the number of {s}?", "How many {s} are in the picture?"],
+        ["How many {s} can you see?", "Tell me the number of {s}."]],
+    "presence": [
+        ["Is there {a}?", "Do you see {a}?", "Is {a} in the picture?", "Can you see {a}?",
+         "Is there {a} here?"],
+        ["Is {a} here?", "Do you see {a} in the picture?"]],
+    "where": [
+        ["Where is the {k}?", "In which place is the {k}?", "Find the {k}.",
+         "Tell me where the {k} is.", "Where can you see the {k}?"],
+        ["Where do you see the {k}?", "In which place do you see the {k}?"]],
+    "left-of": [
+        ["Is the {k} left of the {j}?", "Is the {k} to the left of the {j}?",
+         "Do you see the {k} left of the {j}?", "Can you see the {k} to the left of the {j}?"],
+        ["Do you see the {k} to the left of the {j}?", "Can you see the {k} left of the {j}?"]],
+    "colour": [
+        ["What color is the {k}?", "What is the color of the {k}?",
+         "Which color does the {k} have?", "Tell me the color of the {k}."],
+        ["Which color is the {k}?", "What color does the {k} have?"]],
+    "word": [
+        ["What word is printed?", "What does the text say?", "Read the word.", "Tell me the word.",
+         "Which word do you see?", "What is the word?", "What is the text?",
+         "Which text is printed?", "Read the printed text."],
+        ["What word do you see?", "Read the text."]],
+    "it": [
+        ["Where is it?", "In which place is it?", "Tell me where it is."],
+        ["Where can you see it?", "Where do you see it?"]],
+    "it-left": [
+        ["Is it left of the {j}?", "Is it to the left of the {j}?",
+         "Do you see it left of the {j}?"],
+        ["Do you see it to the left of the {j}?", "Can you see it left of the {j}?"]],
+    "and": [
+        ["And how many {s}?", "And the {s}?"],
+        ["And how many {s} are there?", "And the number of {s}?"]],
+}
 PHRASES["category"] = PHRASES["count"]
 SENTENCE = [" Answer in a sentence.", " Say it in a sentence."]
 QUESTIONS = ["count", "presence", "where", "left-of", "colour", "word", "category", "follow-up"]
@@ -95,120 +114,163 @@ QUESTIONS = ["count", "presence", "where", "left-of", "colour", "word", "categor
 
 @dataclass
 class Turn:
-    """A question and its answer; short: the answer without its sentence, by which the commonest
-    answer is told."""
+    """A question and its answer."""
     question: str
     answer: str
-    short: str
+    short: str             # the answer without its sentence, by which the commonest one is told
 
 
-def phrase(kind, rng, new=False, **names) -> str:
+Made = tuple[str, Turn] | None     # what a maker returns: the name asked about, and the question
+
+
+def article(name: str) -> str:
+    """The name with its article: "a cat", "an apple"."""
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def plural(name: str) -> str:
+    """The name for several: "cats", "peaches"."""
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh", "o")) else "s")
+
+
+def phrase(kind: str, rng: random.Random, new: bool = False, **names: str) -> str:
+    """A question of a kind in one of its phrasings; new: in one that training never uses."""
     return rng.choice(PHRASES[kind][new]).format(**names)
 
 
-def say(turn: Turn, sentence: str, rng, chance=0.25) -> Turn:
-    """The turn as it is, or, by chance, with the wish for a sentence and the sentence for an
-    answer."""
-    if rng.random() >= chance:
-        return turn
-    return replace(turn, question=turn.question + rng.choice(SENTENCE), answer=sentence)
+def make_turn(question: str, short: str, sentence: str, rng: random.Random) -> Turn:
+    """The question with its short answer, or, a quarter of them, with the wish for a sentence and
+    the sentence for an answer."""
+    if rng.random() >= 0.25:
+        return Turn(question, short, short)
+    return Turn(question + rng.choice(SENTENCE), sentence, short)
 
 
-def count(scene, rng, new, kind="count", first=""):
-    """"How many cats", "How many animals": a fifth asks for what isn't there, else every number
-    that occurs is equally likely. first: the name that the turn before asked about, not to be asked
-    again ("And how many dogs?")."""
-    if not (objects := scene.objects()):
+# --------------------------------------------------------------------------------------------------
+# What is asked. A maker takes a scene and gives a question of its kind, or None where it has none.
+
+def count(scene: Scene, rng: random.Random, new: bool, kind: str = "count",
+          first: str = "") -> Made:
+    """Such as "How many cats?", "How many animals?": a fifth asks for what isn't there, else every
+    number that occurs is equally likely. first: the name that the turn before asked about, not to
+    be asked again ("And how many dogs?")."""
+    objects = scene.objects()
+    if not objects:
         return None
-    totals = {k: objects.count(k) for k in KINDS} if kind != "category" else \
-             {c: sum(CATEGORY[o] == c for o in objects) for c in CATEGORIES}
+    if kind == "category":
+        totals = {c: sum(CATEGORY[o] == c for o in objects) for c in CATEGORIES}
+    else:
+        totals = {k: objects.count(k) for k in KINDS}
     totals.pop(first, None)
     there = sorted({n for n in totals.values() if n})
     n = 0 if not there or rng.random() < 0.2 else rng.choice(there)
     k = rng.choice([k for k in totals if totals[k] == n])
     sentence = f"There is 1 {k}." if n == 1 else f"There are {n} {plural(k)}."
-    return k, say(Turn(phrase(kind, rng, new, s=plural(k)), str(n), str(n)), sentence, rng)
+    return k, make_turn(phrase(kind, rng, new, s=plural(k)), str(n), sentence, rng)
 
 
-def missing(scene, rng) -> str:
+def missing(scene: Scene, rng: random.Random) -> str:
     """A kind that isn't there; sometimes the look-alike of one that is."""
     objects = scene.objects()
     alike = [LOOKALIKE[o] for o in objects if o in LOOKALIKE and LOOKALIKE[o] not in objects]
-    return rng.choice(
-        alike if alike and rng.random() < 0.2 else [k for k in KINDS if k not in objects])
+    if alike and rng.random() < 0.2:
+        return rng.choice(alike)
+    return rng.choice([k for k in KINDS if k not in objects])
 
 
-def presence(scene, rng, new, kind="presence"):
+def presence(scene: Scene, rng: random.Random, new: bool, kind: str = "presence") -> Made:
+    """Such as "Is there a cat?": yes as often as no."""
     if not scene.objects():
         return None
-    answer = rng.choice(["yes", "no"])
-    k = rng.choice(sorted(set(scene.objects()))) if answer == "yes" else missing(scene, rng)
-    sentence = f"Yes, there is {article(k)}." if answer == "yes" else f"No, there is no {k}."
-    return k, say(Turn(phrase(kind, rng, new, a=article(k)), answer, answer), sentence, rng)
+    short = rng.choice(["yes", "no"])
+    if short == "yes":
+        k = rng.choice(sorted(set(scene.objects())))
+        sentence = f"Yes, there is {article(k)}."
+    else:
+        k = missing(scene, rng)
+        sentence = f"No, there is no {k}."
+    return k, make_turn(phrase(kind, rng, new, a=article(k)), short, sentence, rng)
 
 
-def singles(scene):
+def singles(scene: Scene) -> list[Thing]:
     """What "the cat" can mean: the shape, and the objects of which there is one."""
     objects = scene.objects()
-    return [
-        t for t in scene.things
-        if t.what == "shape" or t.what == "object" and objects.count(t.name) == 1]
+    return [thing for thing in scene.things if thing.what == "shape"
+            or thing.what == "object" and objects.count(thing.name) == 1]
 
 
-def place(scene, rng, new, kind="where", it=None):
-    """"Where is the cat?" (sometimes of what isn't there), or "Where is it?" of a thing that was
-    spoken of."""
+def where(scene: Scene, rng: random.Random, new: bool, kind: str = "where",
+          it: Thing | None = None) -> Made:
+    """Such as "Where is the cat?", sometimes of what isn't there. it: what was spoken of, for
+    "Where is it?"."""
     single = singles(scene)
-    absent = it is None and rng.random() < 0.15
-    if not single and not absent:
+    if it is None and rng.random() < 0.15:
+        k, short = missing(scene, rng), "nowhere"
+        sentence = f"There is no {k}."
+    elif it or single:
+        thing = it or rng.choice(single)
+        k, short = thing.name, PLACES[thing.cell]
+        at = {"top": "at the top", "bottom": "at the bottom", "left": "on the left",
+              "right": "on the right"}.get(short, f"in the {short}")
+        sentence = f"{'It' if it else f'The {k}'} is {at}."
+    else:
         return None
-    thing = it or (Thing("object", missing(scene, rng), -1) if absent else rng.choice(single))
-    k, short = thing.name, "nowhere" if absent else PLACES[thing.cell]
-    subject = "It" if it else f"The {k}"
-    sentence = f"There is no {k}." if absent else f"{subject} is {AT.get(short, f'in the {short}')}."
-    return k, say(Turn(phrase(kind, rng, new, k=k), short, short), sentence, rng)
+    return k, make_turn(phrase(kind, rng, new, k=k), short, sentence, rng)
 
 
-def left_of(scene, rng, new, kind="left-of", it=None):
-    """"Is the cat left of the dog?", of two single things in different columns; of a held-out pair
-    if there is one."""
-    pairs = [(a, b) for a in singles(scene) for b in singles(scene)
+def left_of(scene: Scene, rng: random.Random, new: bool, kind: str = "left-of",
+            it: Thing | None = None) -> Made:
+    """Such as "Is the cat left of the dog?", of two single things in different columns; of a
+    held-out pair if there is one."""
+    single = singles(scene)
+    pairs = [(a, b) for a in single for b in single
              if a.cell % 3 != b.cell % 3 and (it is None or a.name == it.name)]
     if not pairs:
         return None
-    a, b = rng.choice([pair for pair in pairs if held_out([t.name for t in pair])] or pairs)
-    # both orders are in the list, so yes and no are equally likely
-    short, side = ("yes", "left") if a.cell % 3 < b.cell % 3 else ("no", "right")
-    sentence = f"{short.capitalize()}, {'it' if it else f'the {a.name}'} is {side} of the {b.name}."
-    return a.name, say(Turn(phrase(kind, rng, new, k=a.name, j=b.name), short, short), sentence,
-                       rng)
+    a, b = rng.choice([pair for pair in pairs if held_out(t.name for t in pair)] or pairs)
+    who = "it" if it else f"the {a.name}"
+    if a.cell % 3 < b.cell % 3:        # both orders are in the list: yes and no are equally likely
+        short, sentence = "yes", f"Yes, {who} is left of the {b.name}."
+    else:
+        short, sentence = "no", f"No, {who} is right of the {b.name}."
+    return a.name, make_turn(phrase(kind, rng, new, k=a.name, j=b.name), short, sentence, rng)
 
 
-def told(scene, rng, new, kind):
-    """The colour of the shape, or the printed word."""
-    things = [t for t in scene.things if t.what == dict(colour="shape", word="word")[kind]]
-    if not things:
-        return None
-    k, short = (things[0].name, things[0].color) if kind == "colour" else ("word", things[0].name)
-    return k, say(Turn(phrase(kind, rng, new, k=k), short, short), f"The {k} is {short}.", rng)
+def colour(scene: Scene, rng: random.Random, new: bool, kind: str = "colour") -> Made:
+    """Such as "What color is the square?"."""
+    for thing in scene.things:
+        if thing.what == "shape":
+            k, short = thing.name, thing.color
+            return k, make_turn(phrase(kind, rng, new, k=k), short, f"The {k} is {short}.", rng)
+    return None
 
 
-def ask(scene: Scene, kind: str, rng: random.Random, new=False):
-    """A question of a kind about a scene: [Turn], or None if this scene doesn't allow the kind.
+def word(scene: Scene, rng: random.Random, new: bool, kind: str = "word") -> Made:
+    """Such as "What word is printed?"."""
+    for thing in scene.things:
+        if thing.what == "word":
+            short = thing.name
+            return "word", make_turn(phrase(kind, rng, new), short, f"The word is {short}.", rng)
+    return None
+
+
+MAKERS = {"count": count, "category": count, "presence": presence, "where": where,
+          "left-of": left_of, "colour": colour, "word": word}
+
+
+def ask(scene: Scene, kind: str, rng: random.Random, new: bool = False) -> list[Turn] | None:
+    """A question of a kind about a scene, or None if this scene doesn't allow the kind.
 
     A "follow-up" is two turns, of which the second can't be understood without the first: "Is there
     a cat?", "Where is it?". new: in a phrasing that training never uses.
     """
     if kind == "follow-up":
-        return follow(scene, rng, new)
-    makers = {
-        "count": count, "category": count, "presence": presence, "where": place, "left-of": left_of,
-        "colour": told, "word": told}
-    made = makers[kind](scene, rng, new, kind)
+        return follow_up(scene, rng, new)
+    made = MAKERS[kind](scene, rng, new, kind)
     return made and [made[1]]
 
 
-def follow(scene: Scene, rng, new):
+def follow_up(scene: Scene, rng: random.Random, new: bool) -> list[Turn] | None:
     """Two turns about one thing, or "How many cats?", "And the dogs?". Only the second is in a new
     phrasing."""
     style = rng.choice(["it", "it", "it-left", "it-left", "and"])
@@ -216,34 +278,42 @@ def follow(scene: Scene, rng, new):
         first = count(scene, rng, False)
         return first and [first[1], count(scene, rng, new, "and", first[0])[1]]
     opener = rng.choice(["presence", "presence", "colour", "left-of"])
-    first = dict(presence=presence, colour=told)[opener](scene, rng, False, opener) if opener != "left-of" else \
-        left_of(scene, rng, False)
+    first = MAKERS[opener](scene, rng, False, opener)
     it = [thing for thing in singles(scene) if first and thing.name == first[0]]
-    second = it and (place if style == "it" else left_of)(scene, rng, new, style, it[0])
-    return [first[1], second[1]] if second else None
+    if not it:
+        return None
+    maker = where if style == "it" else left_of
+    second = maker(scene, rng, new, style, it[0])
+    return second and [first[1], second[1]]
 
 
-def conversation(scene: Scene, max_turns=8, also=()) -> list:
+# --------------------------------------------------------------------------------------------------
+# What is trained on
+
+def conversation(scene: Scene, max_turns: int = 8,
+                 also: Iterable[str] = ()) -> list[tuple[str, str]]:
     """One question (30%) or up to max_turns with their answers, of different kinds as far as the
     scene allows: [(question, answer)]; empty if the scene allows none. also: kinds to be asked more
     often than the others."""
     rng = random.Random("ask/" + scene.key)
     kinds = QUESTIONS + ["count", "presence", "where", "left-of", "follow-up", *also]
     rng.shuffle(kinds)
-    wanted, turns = 1 if rng.random() < 0.3 else rng.randint(2, max_turns), []
+    wanted = 1 if rng.random() < 0.3 else rng.randint(2, max_turns)
+    turns = []
     for kind in kinds:
-        new = ask(scene, kind, rng) or []
-        if len(turns) < wanted and not {turn.question
-                                        for turn in new[:1]} & {question for question, _ in turns}:
+        if len(turns) >= wanted:
+            break
+        new = ask(scene, kind, rng)
+        if new and new[0].question not in {question for question, _ in turns}:
             turns += [(turn.question, turn.answer) for turn in new]
     return turns
 
 
-def record(turns, image="") -> dict:
+def record(turns: list[tuple[str, str]], image: str = "") -> dict:
     """Turns as a LLaVA record; with an image its slot stands before the first question."""
     said = []
-    for i, (question, answer) in enumerate(turns):
-        said.append({
-            "from": "human", "value": ("<image>\n" if image and i == 0 else "") + question})
+    for question, answer in turns:
+        slot = "<image>\n" if image and not said else ""
+        said.append({"from": "human", "value": slot + question})
         said.append({"from": "gpt", "value": answer})
     return {"id": image, **({"image": image} if image else {}), "conversations": said}

@@ -247,7 +247,7 @@ def test_int8_embedded_model():
     assert 1e-4 < (rounded - truth).square().mean().sqrt() / truth.std() < 0.05
     items = exam.exam(11, 70)
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
-    right = [exam.score_toy(items, evaluation.sit(vlm, tokenizer, items, 70, "cpu"))["accuracy"]
+    right = [exam.score(items, evaluation.sit(vlm, tokenizer, items, 70, "cpu"))["accuracy"]
              for vlm in (exact, model)]
     assert right[1] >= 0.9 and right[1] >= right[0] - 0.03
 
