@@ -24,13 +24,14 @@ from data import IGNORE, IMAGE_TOKEN
 from training import (
     options,
     plan,  # noqa: E402
+    setup,
     sharding,
 )
 
 
 def planned(args):
     """train.py's arguments, as for --plan on one card."""
-    train.VICUNA["num_hidden_layers"] = args.layers
+    setup.VICUNA["num_hidden_layers"] = args.layers
     sharing = args.parallel or ("fsdp" if args.stage == 2 else "ddp")
     more = [] if args.recompute is None else ["--recompute" if args.recompute else "--no-recompute"]
     return options.arguments([

@@ -1,4 +1,8 @@
-"""TODO core/distributed.py"""
+"""The processes of one run: who they are, how they add things up, how they leave together.
+
+torchrun starts them. Everything here also works in one process alone, which then has nobody to wait
+for. What they share, a model for instance, is no concern of this file (see training/sharding.py).
+"""
 import os
 import time
 
@@ -7,29 +11,26 @@ import torch.distributed as dist
 
 from core.device import pick_device
 
-# --------------------------------------------------------------------------------------------------
-# Who am I?
 
-
-def join(device="auto", threads=0):
+def join(device: str = "auto", threads: int = 0) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): those that torchrun started, or this process alone.
 
     threads: CPU threads of this process (0: torch's choice alone, an even share of the cores under
-    torchrun).
+    torchrun). UserError if there is no such device.
     """
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(device)
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    found = pick_device(device)
     if "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
+        if found.type == "cuda":
+            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(found)
         else:          # torchrun allows each process one thread; share the cores out instead
             torch.set_num_threads(max(1, os.cpu_count() // local_size()))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     if threads:
         torch.set_num_threads(threads)
-    return rank, size, device
+    return rank, size, found
 
 
 def local_size() -> int:
@@ -37,16 +38,26 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def leave():
-    """Whoever leaves while others still talk takes them down with it, so all leave together."""
+def where() -> tuple[int, int]:
+    """(rank, number of processes) of the group as it is now."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def say(line: str) -> None:
+    """Print a line, in the first process alone."""
+    if where()[0] == 0:
+        print(line, flush=True)
+
+
+def wait() -> None:
+    """Until all processes have come here."""
     if dist.is_initialized():
         dist.barrier()
-        # ... and those on their way out of the barrier, too (gloo aborted one run in about 35)
-        time.sleep(0.5)
-        dist.destroy_process_group()
 
 
-def total(*numbers, device="cpu"):
+def total(*numbers: float, device: torch.device | str = "cpu") -> float | list[float]:
     """Sums over all processes, in float64: one number, or a list of several in one message."""
     if not dist.is_initialized():
         return numbers[0] if len(numbers) == 1 else list(numbers)
@@ -55,10 +66,11 @@ def total(*numbers, device="cpu"):
     return x.item() if len(numbers) == 1 else x.tolist()
 
 
-def where() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait():
+def leave() -> None:
+    """End the group. Whoever leaves while others still talk takes them down with it, so all leave
+    together."""
     if dist.is_initialized():
         dist.barrier()
+        # ... and those on their way out of the barrier, too (gloo aborted one run in about 35)
+        time.sleep(0.5)
+        dist.destroy_process_group()

@@ -1,6 +1,7 @@
-"""TODO training/options.py"""
+"""train.py's arguments: what there is, its defaults, and what doesn't go together."""
 import argparse
 import os
+from argparse import ArgumentParser, BooleanOptionalAction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,215 +11,257 @@ from core.common import UserError
 from training import plan
 from training.order import GROUPS
 
-# Table 5 of the paper, and what suits the embedded world's small towers.
+# Table 5 of the paper, and what suits the toy world's small towers.
 RECIPES = {
     ("llava", 1): dict(batch=256, lr=1e-3, micro=8),  # 34 GiB (docs/gpu.md); LLaVA's 32 would be 97
     ("llava", 2): dict(batch=128, lr=1e-5, micro=16),
     ("toy", 1): dict(batch=32, lr=3e-3),
-    ("toy", 2): dict(batch=32, lr=1e-3, micro=8),        # a quarter of the padding: see `shares`
+    ("toy", 2): dict(batch=32, lr=1e-3, micro=8),  # a quarter of the padding: see `shares`
 }
 TOY_STEPS = {1: 300, 2: 6500}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
-# Where `torchrun train.py --stage N` looks, and where that comes from. (flag, stage): (place,
-# source)
+
 HUB = "https://huggingface.co/"
+# Where a stage looks, and where that comes from. {(world, stage): {flag: (place, source)}}
 PLACES = {
-    ("data", 1): ("data/stage1", f"""python data.py prepare --template plain --out data/stage1
+    ("llava", 1): dict(
+        data=("data/stage1", f"""python data.py prepare --template plain --out data/stage1
             --llm models/vicuna-7b-v1.5 --json data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
             --images data/LLaVA-Pretrain/images
             of {HUB}datasets/liuhaotian/LLaVA-Pretrain"""),
-    ("data", 2):
-        ("data/stage2", f"""python data.py prepare --out data/stage2 --llm models/vicuna-7b-v1.5
-            --json data/llava_v1_5_mix665k.json --images data
+        vision=("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
+        llm=("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5")),
+    ("llava", 2): dict(
+        data=("data/stage2", f"""python data.py prepare --out data/stage2
+            --llm models/vicuna-7b-v1.5 --json data/llava_v1_5_mix665k.json --images data
             of {HUB}datasets/liuhaotian/LLaVA-Instruct-150K; beside it in data/ the pictures that
-            LLaVA's README links: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K,
-            vg/VG_100K_2"""),
-    ("vision", 1): ("models/clip-vit-large-patch14-336", f"{HUB}openai/clip-vit-large-patch14-336"),
-    ("llm", 1): ("models/vicuna-7b-v1.5", f"{HUB}lmsys/vicuna-7b-v1.5"),
-    ("model", 2): ("out/llava/stage1", "train.py --stage 1"), }
+            LLaVA's README links: coco/train2017, gqa/images, ocr_vqa/images,
+            textvqa/train_images, vg/VG_100K, vg/VG_100K_2"""),
+        model=("out/llava/stage1", "train.py --stage 1")),
+    ("toy", 1): dict(
+        vision=("out/toy/clip", "sh toy/retrain.sh"), llm=("out/toy/llama", "sh toy/retrain.sh")),
+    ("toy", 2): dict(
+        model=("out/toy/stage1", "train.py --stage 1")),
+}
 
 
-def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+# --------------------------------------------------------------------------------------------------
+# What there is
+
+def arguments(argv: list[str] | None = None, about: str | None = None) -> argparse.Namespace:
+    """train.py's arguments, complete. about: what -h says first. UserError for what makes no sense.
+    """
+    p = ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    general(p)
+    about_data(p.add_argument_group("data"))
+    about_model(p.add_argument_group("model"))
+    about_steps(p.add_argument_group(
+        "optimisation (the defaults are Table 5's, or the toy world's own)"))
+    about_processes(p.add_argument_group("several processes and large models"))
+    about_running(p.add_argument_group("while it runs"))
+    about_planning(p.add_argument_group("planning"))
+    return complete(p.parse_args(argv))
+
+
+def general(p) -> None:
     p.add_argument("--stage", type=int, choices=(1, 2), required=True,
                    help="1: captions; 2: instruction tuning")
-    p.add_argument(
-        "--world", choices=("toy", "llava"),
-        help="what to train on (default: llava under torchrun or with "
-        "--json, else toy)")
+    p.add_argument("--world", choices=("toy", "llava"), help="what to train on (default: llava "
+                   "under torchrun or with --json, else toy)")
     p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of matrix products; what "
-        "is trained is kept in float32 (auto: bfloat16 where the hardware multiplies it)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                   help="of matrix products; what is trained is kept in float32 (auto: bfloat16 "
+                   "where the hardware multiplies it)")
     p.add_argument("--threads", type=int, default=0,
                    help="CPU threads (default: torch's choice); they change rounding")
-    g = p.add_argument_group("data")
+
+
+def about_data(g) -> None:
     g.add_argument("--data",
                    help="a folder that `python data.py prepare` wrote: a LLaVA json of any size")
-    g.add_argument(
-        "--json",
-        help="a LLaVA json as it is: for thousands of records, not for hundreds of thousands")
-    g.add_argument(
-        "--images",
-        help="the folder that the pictures' paths are relative to (with --data: prepare's)")
-    g.add_argument(
-        "--group", choices=GROUPS,
-        help="samples of like length into a step (needs --data; default: "
-        "modality-length in stage 2, as LLaVA, else none)")
+    g.add_argument("--json", help="a LLaVA json as it is: for thousands of records, not for "
+                   "hundreds of thousands")
+    g.add_argument("--images", help="the folder that the pictures' paths are relative to (with "
+                   "--data: prepare's)")
+    g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs "
+                   "--data; default: modality-length in stage 2, as LLaVA, else none)")
     g.add_argument("--workers", type=int,
-                   help="processes that read pictures (default: embedded world 1, else 4)")
-    g = p.add_argument_group("model")
+                   help="processes that read pictures (default: toy world 1, else 4)")
+
+
+def about_model(g) -> None:
     g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
     g.add_argument("--llm", help="stage 1: folder of the language model")
     g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
-    g.add_argument(
-        "--fuser", choices=NAMED,
-        help="what stands between the towers (README; default: ccra, in stage 2 "
-        "stage 1's)")
-    g.add_argument(
-        "--stage1-ccra", choices=("off", "neutral", "on"), default="off", help=
-        "stage 1 without CCRA (section 4.1), with neutral maps, or asked by the caption's prompt")
+    g.add_argument("--fuser", choices=NAMED, help="what stands between the towers (README; "
+                   "default: ccra, in stage 2 stage 1's)")
+    g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
+                   help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the "
+                   "caption's prompt")
     g.add_argument("--train-vision", action="store_true",
                    help="stage 2: train the vision tower, too (appendix B)")
-    g.add_argument(
-        "--query", choices=data.QUERIES,
-        help="the questions of a conversation that CCRA reads the picture "
-        "with: all (default), those so far (a row for every turn), or the first")
+    g.add_argument("--query", choices=data.QUERIES, help="the questions of a conversation that "
+                   "CCRA reads the picture with: all (default), those so far (a row for every "
+                   "turn), or the first")
     g.add_argument("--norm", choices=NORMS, help="LN of eq. 5 and 13 (README; default: joint)")
     g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
     g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"),
                    help="parts made neutral (Table 4)")
-    g = p.add_argument_group(
-        "optimisation (the defaults are Table 5's, or the embedded world's own)")
+
+
+def about_steps(g) -> None:
     g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument(
-        "--micro", type=int, help="samples in a forward pass of one process (default: 8 and 16; "
-        "the embedded world's 32 and 8)")
+    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: 8 "
+                   "and 16; the toy world's 32 and 8)")
     g.add_argument("--lr", type=float,
                    help="peak learning rate: 3%% warm-up, then half a cosine to zero")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     g.add_argument("--steps", type=int, help="default: one epoch")
-    g.add_argument(
-        "--max-length", type=int,
-        help="tokens of a row, the picture's included (default: 2048; for --plan "
-        "of stage 1 640, since captions are short)")
+    g.add_argument("--max-length", type=int, help="tokens of a row, the picture's included "
+                   "(default: 2048; for --plan of stage 1 640, since captions are short)")
     g.add_argument("--seed", type=int, default=42)
-    g = p.add_argument_group("several processes and large models")
-    g.add_argument(
-        "--parallel", choices=("none", "ddp", "fsdp"),
-        help="every process holds the whole model, or a "
-        "slice (default: none alone; together ddp in stage 1, fsdp in stage 2)")
-    g.add_argument(
-        "--shard", choices=("full", "grad"), default="full",
-        help="fsdp: slice parameters between forward "
-        "and backward, too (least memory, like ZeRO-3), or keep them (less talk, like ZeRO-2)")
-    g.add_argument(
-        "--shard-size", type=int, default=0,
-        help="fsdp: processes that share one copy of the model "
-        "(default: those of one machine; further machines hold copies: HSDP)")
-    g.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction,
-        help="forget what happens inside of a block "
-        "and compute it again in the backward (default: with fsdp)")
+
+
+def about_processes(g) -> None:
+    g.add_argument("--parallel", choices=("none", "ddp", "fsdp"), help="every process holds the "
+                   "whole model, or a slice (default: none alone; together ddp in stage 1, fsdp in "
+                   "stage 2)")
+    g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice "
+                   "parameters between forward and backward, too (least memory, like ZeRO-3), or "
+                   "keep them (less talk, like ZeRO-2)")
+    g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy "
+                   "of the model (default: those of one machine; further machines hold copies: "
+                   "HSDP)")
+    g.add_argument("--recompute", action=BooleanOptionalAction, help="forget what happens inside "
+                   "of a block and compute it again in the backward (default: with fsdp)")
     g.add_argument("--compile", action="store_true", help="torch.compile for every block")
-    g = p.add_argument_group("while it runs")
+
+
+def about_running(g) -> None:
     g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
     g.add_argument("--stop-after", type=int, default=0,
                    help="stop after this step as if interrupted (0: never)")
-    g.add_argument(
-        "--ask-every", type=int, default=0, metavar="N",
-        help="every N steps, answers to a few held-out "
-        "questions of the embedded world")
+    g.add_argument("--ask-every", type=int, default=0, metavar="N",
+                   help="every N steps, answers to a few held-out questions of the toy world")
     g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
-    g = p.add_argument_group("planning")
+
+
+def about_planning(g) -> None:
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
     g.add_argument("--gpus", type=int, default=8, help="how many")
     g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
     g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached "
                    "(docs/gpu.md: 38 to 43%%)")
-    return complete(p.parse_args(argv))
 
 
-def complete(args):
-    """Defaults that depend on other arguments, and what doesn't go together."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    given = args.json or args.data
+# --------------------------------------------------------------------------------------------------
+# Defaults that depend on other arguments, and what doesn't go together
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The same arguments with every default filled in. UserError for what doesn't go together."""
     check_numbers(args)
-    args.world = args.world or ("llava"
-                                if given or args.plan or "WORLD_SIZE" in os.environ else "toy")
+    choose_data(args)
+    choose_model(args)
+    choose_processes(args)
+    if args.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs `pip install wandb`")
+    recipe = RECIPES[args.world, args.stage]
+    args.batch = args.batch or recipe["batch"]
+    args.lr = args.lr or recipe["lr"]
+    args.micro = args.micro or recipe.get("micro", args.batch)
+    args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
+    args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
+    return args
+
+
+def check_numbers(args) -> None:
+    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1,
+                 stop_after=0, ask_every=0, threads=0, workers=0, shard_size=0)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
+    if args.lr is not None and args.lr <= 0 or not 0 <= args.warmup <= 1 or args.mfu <= 0:
+        raise UserError("--lr and --mfu should be above 0, --warmup a share from 0 to 1")
+
+
+def choose_data(args) -> None:
+    """The world, its places and what is read of it."""
+    given = args.json or args.data
+    if args.world is None:
+        large = given or args.plan or "WORLD_SIZE" in os.environ
+        args.world = "llava" if large else "toy"
     if args.json and args.data:
         raise UserError("--json and --data are two ways to say what to train on: give one")
     if args.world == "toy" and given:
         raise UserError(f"{given} is data of its own: leave --world toy out")
     if args.world == "toy" and args.plan:
         raise UserError("--plan is about LLaVA's data and sizes like it: leave --world toy out")
-    for (flag, stage), (place, _) in PLACES.items() if args.world == "llava" else ():
-        if stage == args.stage and getattr(args,
-                                           flag) is None and not (flag == "data" and args.json):
+    if args.images and not given and args.world == "toy":
+        raise UserError("--images belongs to --json or --data")
+    if args.stage == 1 and args.model:
+        raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and "
+                        "--llm")
+    if args.stage == 2 and (args.vision or args.llm):
+        raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model "
+                        "(--model)")
+    for flag, (place, _) in PLACES[args.world, args.stage].items():
+        if getattr(args, flag) is None and not (flag == "data" and args.json):
             setattr(args, flag, place)
     args.group = args.group or ("modality-length" if args.data and args.stage == 2 else "none")
     if args.group != "none" and not args.data:
-        raise UserError(
-            f"--group {args.group} needs lengths: `python data.py prepare` the json, and give --data"
-        )
-    if args.images and not (args.json or args.data):
-        raise UserError("--images belongs to --json or --data")
-    if args.stage == 1 and args.model:
-        raise UserError(
-            "--model is what stage 2 begins with; stage 1 makes one of --vision and --llm")
-    if args.stage == 2 and (args.vision or args.llm):
-        raise UserError(
-            "--vision and --llm are chosen in stage 1; stage 2 goes on with that model (--model)")
+        raise UserError(f"--group {args.group} needs lengths: `python data.py prepare` the json, "
+                        "and give --data")
+    if args.workers is None:
+        args.workers = 1 if args.world == "toy" else 4
+
+
+def choose_model(args) -> None:
+    """mode: how CCRA runs in this stage."""
     if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
         raise UserError(f"--norm, --order and --off belong to CCRA, not to --fuser {args.fuser}")
-    args.mode = args.stage1_ccra if args.stage == 1 else "on"
     if args.train_vision and args.stage == 1:
         raise UserError("--train-vision belongs to --stage 2")
+    args.mode = args.stage1_ccra if args.stage == 1 else "on"
+
+
+def choose_processes(args) -> None:
+    """How the model is shared out, and whether blocks are recomputed."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.parallel is None:
-        args.parallel = "none" if processes == 1 and not args.plan else "ddp" if args.stage == 1 else "fsdp"
+        together = "ddp" if args.stage == 1 else "fsdp"
+        args.parallel = "none" if processes == 1 and not args.plan else together
     if args.parallel == "none" and processes > 1:
         raise UserError(f"--parallel none doesn't go with {processes} processes")
     if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:
-        raise UserError(
-            f"--parallel {args.parallel} needs torchrun (torchrun --nproc_per_node=N train.py ...)")
-    if args.wandb and not find_spec("wandb"):
-        raise UserError("--wandb needs `pip install wandb`")
-    args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
-    args.recompute = args.parallel == "fsdp" if args.recompute is None else args.recompute
-    recipe = RECIPES[args.world, args.stage]
-    args.batch = args.batch or recipe["batch"]
-    args.lr = args.lr or recipe["lr"]
-    args.micro = args.micro or recipe.get("micro", args.batch)
-    args.workers = (1 if args.world == "toy" else 4) if args.workers is None else args.workers
-    args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
-    return args
+        raise UserError(f"--parallel {args.parallel} needs torchrun "
+                        "(torchrun --nproc_per_node=N train.py ...)")
+    if args.recompute is None:
+        args.recompute = args.parallel == "fsdp"
 
 
-def check_numbers(args):
-    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1,
-                 stop_after=0, ask_every=0, threads=0, workers=0, shard_size=0)
-    for name, low in least.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
-    if args.lr is not None and args.lr <= 0 or not 0 <= args.warmup <= 1 or args.mfu <= 0:
-        raise UserError("--lr and --mfu should be above 0, --warmup a share from 0 to 1")
-
-
-def check_places(args):
+def check_places(args) -> None:
     """UserError with everything that is missing, where it was looked for and where to get it,
-    before work starts."""
-    if args.world == "toy":
-        return
-    missing = [
-        (flag, getattr(args, flag), source) for (flag, stage), (_, source) in PLACES.items()
-        if stage == args.stage and getattr(args, flag) and not Path(getattr(args, flag)).exists()]
-    if missing:
-        lines = [
-            f"  --{flag:7} {place}\n            from {source}" for flag, place, source in missing]
-        raise UserError(
-            "\n".join([f"stage {args.stage} needs what isn't there; get it, or say where it is:"] +
-                      lines + ["For the embedded world, which needs nothing: --world toy"]))
+    before work starts.
+
+    In the toy world only the usual places are looked at: what was named there says itself what it
+    lacks.
+    """
+    missing = [(flag, getattr(args, flag), place, source)
+               for flag, (place, source) in PLACES[args.world, args.stage].items()
+               if getattr(args, flag) and not Path(getattr(args, flag)).exists()]
+    if args.world == "llava" and missing:
+        lines = [f"  --{flag:7} {given}\n            from {source}"
+                 for flag, given, _, source in missing]
+        raise UserError("\n".join(
+            [f"stage {args.stage} needs what isn't there; get it, or say where it is:", *lines,
+             "For the toy world, which needs nothing: --world toy"]))
+    for _, given, place, source in missing:
+        if given == place and args.stage == 1:
+            raise UserError(
+                f"{place}: not there yet; `{source}` makes the toy world's towers, or take the "
+                "study's: --vision study/towers/clip --llm study/towers/llama")
+        if given == place:
+            raise UserError(f"{place}: not there yet; run --stage 1 first, or give --model")

@@ -1,109 +1,150 @@
-"""What training will take, before anybody rents a machine: FLOPs, hours, and the peak memory of a card.
+"""What training will take, before anybody rents a machine: FLOPs, hours, and the peak memory of a
+card.
 
     python train.py --stage 2 --plan --gpus 8 --gpu a100-80
 
-The memory isn't a formula. The real model is built and shared out by the code that trains it (sharding.share), but of
-fake tensors, which have shapes and no numbers, in a fake group of processes; two steps of forward, backward and AdamW
-run on them while every allocation is counted.
+The memory isn't a formula. The real model is built and shared out by the code that trains it
+(sharding.share), but of fake tensors, which have shapes and no numbers, in a fake group of
+processes; two steps of forward, backward and AdamW run on them while every allocation is counted.
 """
+import argparse
 import math
 import weakref
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import clip
-from ccra import LOSS_ROWS
-from fast import linear
+from ccra import VLM
+from llama import LOSS_ROWS
+from core.common import read_json
 from training import sharding
 
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
-GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141),
-        "l40s": (362e12, 48), "rtx4090": (165e12, 24)}
+GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80),
+        "h200": (989e12, 141), "l40s": (362e12, 48), "rtx4090": (165e12, 24)}
+SAMPLES = {1: 558128, 2: 665298}                    # LLaVA's, of the two stages
 
 
-def peak_flops(name: str):
+def peak_flops(name: str) -> float | None:
     """FLOP/s of a device as torch.cuda.get_device_name tells it, or None where it isn't known."""
-    name = name.lower()
-    return next((flops for gpu, (flops, _) in GPUS.items() if gpu.split("-")[0] in name.replace(" ", "")), None)
+    name = name.lower().replace(" ", "")
+    return next((flops for gpu, (flops, _) in GPUS.items() if gpu.split("-")[0] in name), None)
 
 
-def flops(model, lengths: list, supervised: int, vision_trained=False, llm_trained=True) -> float:
-    """Floating-point operations of one training step on merged rows of these lengths, in the usual accounting.
+def flops(model: VLM, lengths: list[int], supervised: int, vision_trained: bool = False,
+          llm_trained: bool = True) -> float:
+    """Floating-point operations of one training step on merged rows of these lengths, in the usual
+    accounting.
 
-    A product of an (m, k) and a (k, n) matrix is 2 m k n. The backward costs as much again for the inputs and, where
-    weights are trained, for them. What is recomputed isn't counted (so MFU, not HFU); norms and CCRA's score products
-    are less than a hundredth.
+    A product of an (m, k) and a (k, n) matrix is 2 m k n. The backward costs as much again for the
+    inputs and, where weights are trained, for them. What is recomputed isn't counted (so MFU, not
+    HFU); norms and CCRA's score products are less than a hundredth.
     """
     llm, tower = model.llm.config, model.vision.config
-    blocks = sum(p.numel() for p in model.llm.layers.parameters())
-    T, times = sum(lengths), 3 if llm_trained else 2
-    looks = 2 * llm.num_hidden_layers * llm.num_attention_heads * llm.head_dim * sum(n * n for n in lengths)   # causal
+    T = sum(lengths)
+    blocks = 2 * T * numbers(model.llm.layers)
+    looks = 2 * llm.num_hidden_layers * llm.num_attention_heads * llm.head_dim \
+        * sum(n * n for n in lengths)                                                    # causal
     head = 2 * llm.hidden_size * llm.vocab_size * supervised
     N = 1 + model.vision.grid ** 2
-    tower_flops = 2 * N * sum(p.numel() for p in model.vision.layers.parameters()) \
+    eyes = 2 * N * numbers(model.vision.layers) \
         + 4 * tower.num_hidden_layers * tower.hidden_size * N * N
-    projector = 2 * model.picture_rows * sum(p.numel() for p in model.projector.parameters())
-    return times * (2 * blocks * T + looks + head) \
-        + len(lengths) * (tower_flops * (3 if vision_trained else 1) + 3 * projector)
+    projector = 2 * model.picture_rows * numbers(model.projector)
+    return (3 if llm_trained else 2) * (blocks + looks + head) \
+        + len(lengths) * ((3 if vision_trained else 1) * eyes + 3 * projector)
 
 
-def report(args, model, steps, samples) -> str:
-    """The plan on paper. model: a VLM without numbers, as it is trained; steps, samples: of the whole training."""
+def numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# What --plan prints
+
+def report(args: argparse.Namespace, model: VLM) -> str:
+    """The plan on paper. args: train.py's; model: a VLM without numbers, as it is trained."""
     peak, room = GPUS[args.gpu]
-    length, samples_a_card = args.max_length, math.ceil(args.batch / args.gpus)
-    work = flops(model, [length] * args.batch, args.batch * length // 4, args.train_vision, args.stage == 2)
-    count = sum(p.numel() for p in model.parameters())
-    lines = [f"stage {args.stage}: {count:,} parameters, {samples:,} samples in {steps:,} steps of {args.batch}, all "
-             f"rows taken as {length} tokens long (real ones are shorter)",
-             f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s ({args.gpu}):"]
-    for n in (2 ** i for i in range(10)):
-        if n > args.batch:
-            lines.append(f"{n:5} x {args.gpu}   more cards than samples in a step: raise --batch, and --lr with it")
-        elif args.batch % n == 0:
-            hours, micro = steps * work / (n * peak * args.mfu) / 3600, min(args.micro, args.batch // n)
-            lines.append(f"{n:5} x {args.gpu} {hours:9.1f} h   {args.batch // n} samples a card and step, "
-                         f"{math.ceil(args.batch / n / micro)} x {micro}")
-    micro = min(args.micro, samples_a_card)
+    steps, samples = epoch(args)
+    work = flops(model, [args.max_length] * args.batch, args.batch * args.max_length // 4,
+                 args.train_vision, args.stage == 2)
+    lines = [f"stage {args.stage}: {numbers(model):,} parameters, {samples:,} samples in "
+             f"{steps:,} steps of {args.batch}, all rows taken as {args.max_length} tokens long "
+             "(real ones are shorter)",
+             f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s "
+             f"({args.gpu}):"]
+    lines += hours(args, steps * work / (peak * args.mfu) / 3600)
+    micro = min(args.micro, math.ceil(args.batch / args.gpus))
     memory = measure(model, args, micro)
     how = f"--parallel {args.parallel}" + f", --shard {args.shard}" * (args.parallel == "fsdp")
-    lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB ({how}, {micro} rows at a time, "
-                 f"{'' if args.recompute else 'not '}recomputed):")
+    lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB ({how}, {micro} "
+                 f"rows at a time, {'' if args.recompute else 'not '}recomputed):")
     lines += [f"  {kind:14} {size / 2 ** 30:6.1f} GiB" for kind, size in memory.items()]
     if memory["total"] / 2 ** 30 > 0.95 * room:
-        lines.append("  which doesn't fit: more cards, a smaller --micro, --recompute, or --parallel fsdp --shard full")
+        lines.append("  which doesn't fit: more cards, a smaller --micro, --recompute, or "
+                     "--parallel fsdp --shard full")
     return "\n".join(lines)
 
 
-def measure(model, args, micro) -> dict:
-    """Bytes at the peak of a training step, by kind, of one of args.gpus processes, each with `micro` rows of
-    args.max_length tokens. Nothing is computed: tensors are fake, the group of processes is, too."""
-    before = clip.WRITE_OUT, clip.SLOW, linear.SLOW
-    clip.WRITE_OUT, clip.SLOW, linear.SLOW = set(), set(), set()          # the ways that a GPU takes
-    try:
-        return (sliced if args.parallel == "fsdp" else unsliced)(model, args, micro)
-    finally:
-        clip.WRITE_OUT, clip.SLOW, linear.SLOW = before
+def epoch(args: argparse.Namespace) -> tuple[int, int]:
+    """(steps, samples): of the prepared data if they are there, else of LLaVA's."""
+    samples = SAMPLES[args.stage]
+    if args.data and Path(args.data, "report.json").is_file():
+        samples = read_json(Path(args.data, "report.json"))["kept"]
+    return args.steps or math.ceil(samples / args.batch), samples
 
 
-def sliced(model, args, micro) -> dict:
+def hours(args: argparse.Namespace, alone: float) -> list[str]:
+    """A line for 1, 2, 4, ... cards that share a step's samples evenly. alone: hours of one."""
+    lines = []
+    for n in (2 ** i for i in range(10)):
+        if n > args.batch:
+            lines.append(f"{n:5} x {args.gpu}   more cards than samples in a step: raise --batch, "
+                         "and --lr with it")
+        elif args.batch % n == 0:
+            share = args.batch // n
+            micro = min(args.micro, share)
+            lines.append(f"{n:5} x {args.gpu} {alone / n:9.1f} h   {share} samples a card and "
+                         f"step, {math.ceil(share / micro)} x {micro}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory, by counting it
+
+def measure(model: VLM, args: argparse.Namespace, micro: int) -> dict[str, int]:
+    """Bytes at the peak of a training step, by kind, of one of args.gpus processes, each with
+    `micro` rows of args.max_length tokens.
+
+    Nothing is computed: tensors are fake, the group of processes is, too. The model is used up. It
+    should be plain, as fast.prepare hasn't touched it: that is what a GPU trains.
+    """
+    if args.parallel == "fsdp":
+        return sliced(model, args, micro)
+    return unsliced(model, args, micro)
+
+
+def sliced(model: VLM, args: argparse.Namespace, micro: int) -> dict[str, int]:
     """measure for FSDP, by torch's tracker, which knows what is gathered and when."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    cpu = torch.device("cpu")
     dist.init_process_group("fake", rank=0, world_size=args.gpus, store=FakeStore())
     try:
-        mesh = sharding.layout(torch.device("cpu"), args.gpus)
+        mesh = sharding.layout(cpu, args.gpus)
         with FakeTensorMode():
             model = fake(model)
             model.forward = partial(whole_step, model)
-            sharding.share(model, "fsdp", torch.device("cpu"), torch.bfloat16, args.shard == "grad", mesh)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+            sharding.share(model, "fsdp", cpu, torch.bfloat16, args.shard == "grad", mesh)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-5)
             tracker = FSDPMemTracker(model, optimizer)
             pixels, ids = rows(model, args, micro)
             tracker.track_external(pixels, ids)
@@ -119,7 +160,7 @@ def sliced(model, args, micro) -> dict:
     return {str(getattr(kind, "value", kind)).lower(): size for kind, size in peak.items()}
 
 
-def unsliced(model, args, micro) -> dict:
+def unsliced(model: VLM, args: argparse.Namespace, micro: int) -> dict[str, int]:
     """measure for DDP, which keeps gradients once more in its messages, or for a process alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,8 +169,8 @@ def unsliced(model, args, micro) -> dict:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
         with Live() as live:
-            kinds = {"frozen": live.see(*(p for p in model.parameters() if not p.requires_grad)),
-                     "trained": live.see(*trained)}
+            frozen = live.see(*(p for p in model.parameters() if not p.requires_grad))
+            kinds = {"frozen": frozen, "trained": live.see(*trained)}
             pixels, ids = rows(model, args, micro)
             for step in range(2):
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -145,8 +186,8 @@ def unsliced(model, args, micro) -> dict:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors there are, `now` and at the `peak`. (torch's own MemTracker stumbles over frozen
-    parameters.) Tensors that are views of the same memory count once."""
+    """Counts the bytes of all tensors there are, `now` and at the `peak`. (torch's own MemTracker
+    stumbles over frozen parameters.) Tensors that are views of the same memory count once."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +197,7 @@ class Live(TorchDispatchMode):
     def see(self, *tensors) -> int:
         """Count these, too; how many bytes more that is."""
         before = self.now
-        for storage in (x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)):
+        for storage in (x.untyped_storage() for x in tensors if isinstance(x, Tensor)):
             if storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
@@ -164,7 +205,7 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return self.now - before
 
-    def gone(self, key, size):
+    def gone(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 
@@ -174,30 +215,36 @@ class Live(TorchDispatchMode):
         return out
 
 
-def rows(model, args, micro):
+def rows(model: VLM, args: argparse.Namespace, micro: int) -> tuple[Tensor, Tensor]:
     """(pixels, ids) of `micro` rows that are args.max_length long with the picture."""
     size = model.vision.config.image_size
-    return torch.empty(micro, 3, size, size, dtype=torch.bfloat16), \
-        torch.zeros(micro, args.max_length - model.picture_rows, dtype=torch.long)
+    pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
+    return pixels, torch.zeros(micro, args.max_length - model.picture_rows, dtype=torch.long)
 
 
-def fake(model):
-    """The model with fake tensors for its parameters, of the dtypes and with the requires_grad they had."""
+def fake(model: VLM) -> VLM:
+    """The model with fake tensors for its parameters, of the dtypes and with the requires_grad they
+    had."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            empty = torch.empty(p.shape, dtype=p.dtype)
+            setattr(module, name, nn.Parameter(empty, p.requires_grad))
     if model.llm.config.tie_word_embeddings:
         model.llm.lm_head.weight = model.llm.embed_tokens.weight
     return model
 
 
-def whole_step(model, pixels, ids):
-    """VLM.forward for rows of one length, whose shapes don't depend on numbers: a fake tensor has none."""
+def whole_step(model: VLM, pixels: Tensor, ids: Tensor) -> Tensor:
+    """The loss of VLM.forward for rows of one length, whose shapes don't depend on numbers: a fake
+    tensor has none.
+
+    pixels (B, 3, H, W); ids (B, T) long, text alone, of which the first 64 are the query.
+    """
     asked = torch.ones_like(ids[:, :64], dtype=torch.bool)
-    hidden = model.vision(pixels)                   # all blocks, even if not all are read: the tracker waits for them
-    features, _ = model.fuse(hidden, model.llm.embed(ids[:, :64]), asked)
-    embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)            # (B, T', D)
-    states = model.llm.hidden(embeds=embeds).flatten(0, 1)
-    target = torch.zeros(states.shape[0] // 4, dtype=torch.long)                            # a quarter is supervised
+    hidden = model.vision(pixels)      # all blocks, even if not all are read: the tracker waits
+    features, _ = model.fuse(hidden, model.llm.embed(ids[:, :64]), asked)          # (B, N', width)
+    embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)   # (B, T', D)
+    states = model.llm.hidden(embeds=embeds).flatten(0, 1)                         # (B T', D)
+    target = torch.zeros(states.shape[0] // 4, dtype=torch.long)         # a quarter is supervised
     pieces = zip(states[:len(target)].split(LOSS_ROWS), target.split(LOSS_ROWS))
-    return sum(checkpoint(model.loss, *piece, use_reentrant=False) for piece in pieces)
+    return sum(checkpoint(model.llm.loss_of, *piece, use_reentrant=False) for piece in pieces)

@@ -1,9 +1,11 @@
-"""The fusers in CCRA's place: which layers they read, what is peculiar to each, that all of them train and answer."""
+"""The fusers in CCRA's place: which layers they read, what is peculiar to each, that all of them
+train and answer."""
 import math
 
 import pytest
 import torch
 
+import data
 import train
 from ccra import FUSERS, IMAGE_TOKEN, NAMED, VLM
 from clip import CLIP, CLIPTextConfig, CLIPVision, CLIPVisionConfig
@@ -18,15 +20,18 @@ from fusers.mmfuser import Deformable, MMFuser, MMFuserConfig
 from llama import Llama, LlamaConfig
 from toy import dataset
 from training import options, plan
+from training.export import export_llava
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# (width, tokens, own parameters, what the projector has beyond LLaVA's) for CLIP ViT-L/336 and a language model of 4096
-PAPER = {"ccra": (2048, 576, 3_545_216, 4_194_304), "llava": (1024, 576, 0, 0), "wide": (2048, 576, 0, 4_194_304),
-         "sti": (1024, 720, 0, 0), "sci": (3072, 576, 0, 8_388_608), "dci": (3072, 576, 0, 8_388_608),
-         "mmfuser": (1024, 576, 5_190_592, 0), "igva": (2048, 576, 30_455_812, 4_194_304),
-         "mlvf": (3072, 576, 0, 8_388_608), "pwca": (2048, 576, 2_230_400, 4_194_304),
-         "lwca": (2048, 576, 2_230_400, 4_194_304)}
+# (width, tokens, own parameters, what the projector has beyond LLaVA's) for CLIP ViT-L/336 and a
+# language model of 4096
+PAPER = {
+    "ccra": (2048, 576, 3_545_216, 4_194_304), "llava": (1024, 576, 0, 0),
+    "wide": (2048, 576, 0, 4_194_304), "sti": (1024, 720, 0, 0), "sci": (3072, 576, 0, 8_388_608),
+    "dci": (3072, 576, 0, 8_388_608), "mmfuser": (1024, 576, 5_190_592, 0), "igva":
+        (2048, 576, 30_455_812, 4_194_304), "mlvf": (3072, 576, 0, 8_388_608), "pwca":
+            (2048, 576, 2_230_400, 4_194_304), "lwca": (2048, 576, 2_230_400, 4_194_304)}
 
 
 def count(module):
@@ -42,30 +47,35 @@ def test_sizes_of_the_paper(name):
     """And what the README says of them."""
     kind, settings = NAMED[name]
     with torch.device("meta"):
-        llm = Llama(LlamaConfig(vocab_size=8, hidden_size=4096, intermediate_size=8, num_hidden_layers=1,
-                                num_attention_heads=32))
+        llm = Llama(
+            LlamaConfig(vocab_size=8, hidden_size=4096, intermediate_size=8, num_hidden_layers=1,
+                        num_attention_heads=32))
         model = VLM.build(CLIPVision(CLIPVisionConfig()), llm, kind(**settings))
     wider = count(model.projector) - 20_979_712
     assert (model.fuser.width, model.picture_rows, count(model.fuser), wider) == PAPER[name]
-    row, = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    row, = [
+        line for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith(f"| `{name}` |")]
     width, tokens, own, wider = PAPER[name]
     assert row.split(" | ")[2:] == [f"{width} x {tokens}", f"{own:,}", f"{wider:,} |"]
 
 
 def test_counts_that_were_published():
     with torch.device("meta"):
-        assert count(IGVA(IGVAConfig(text_dim=768))) == 27_047_940               # beside a sentence vector of 768
+        # beside a sentence vector of 768
+        assert count(IGVA(IGVAConfig(text_dim=768))) == 27_047_940
         mmfuser = MMFuser(MMFuserConfig())
         assert count(mmfuser.cross) == 2_886_400 and count(mmfuser.within) == 2_296_000
         widths = {layers: MLVF(MLVFConfig(layers=layers)).width for layers in MLVF_LAYERS}
     assert widths == {"18": 2048, "3-18-23": 3072, "former": 2048, "latter": 2048, "all": 3072}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which layers
 
 def squares(L, N=16, d=16):
-    """hidden whose layer l is l^2 everywhere, so that a mean tells of which layers it is; CLS is something else."""
+    """hidden whose layer l is l^2 everywhere, so that a mean tells of which layers it is; CLS is
+    something else."""
     hidden = (torch.arange(L + 1.0).double() ** 2)[:, None, None, None].repeat(1, 1, 1 + N, d)
     hidden[:, :, 0] = -1
     return hidden
@@ -78,11 +88,12 @@ def mean(start, stop):
 @pytest.mark.parametrize("config, layers", [
     (LLaVAConfig(16), [529]), (LLaVAConfig(16, copies=2), [529, 529]),
     (DenseConnectorConfig(16, kind="sci"), [529, 49, 225]),
-    (DenseConnectorConfig(16), [529, mean(0, 12), mean(12, 24)]),                # with the embeddings, without the last
+    # with the embeddings, without the last
+    (DenseConnectorConfig(16), [529, mean(0, 12), mean(12, 24)]),
     (MLVFConfig(16, layers="18"), [324, 529]), (MLVFConfig(16), [9, 324, 529]),
     (MLVFConfig(16, layers="former"), [mean(1, 13), 529]), (MLVFConfig(16, layers="latter"), [mean(13, 25), 529]),
     (MLVFConfig(16, layers="all"), [mean(1, 13), mean(13, 25), 529]),
-    (DenseConnectorConfig(16, n_layers=8, kind="sci"), [49, 4, 25]),             # another depth
+    (DenseConnectorConfig(16, n_layers=8, kind="sci"), [49, 4, 25]),  # another depth
     (DenseConnectorConfig(16, n_layers=8), [49, mean(0, 4), mean(4, 8)]),
     (MLVFConfig(16, n_layers=8, layers="all"), [mean(1, 5), mean(5, 9), 49])], ids=str)
 def test_channels_are_the_published_layers(config, layers):
@@ -90,7 +101,9 @@ def test_channels_are_the_published_layers(config, layers):
     features, maps = model(squares(config.n_layers)[:model.n_blocks + 1], None, None)
     assert features.shape == (1, 16, model.width) and not maps
     seen = features.view(16, len(layers), -1)
-    assert torch.allclose(seen, torch.tensor(layers, dtype=torch.float64)[:, None].expand_as(seen), rtol=1e-12)
+    assert torch.allclose(seen,
+                          torch.tensor(layers, dtype=torch.float64)[:, None].expand_as(seen),
+                          rtol=1e-12)
 
 
 def test_depths():
@@ -99,7 +112,8 @@ def test_depths():
         for kind, settings in NAMED.values():
             if "text_dim" not in kind.__dataclass_fields__:
                 model = fuser(kind(vision_dim=16, n_layers=L, **settings))
-                assert model(torch.randn(model.n_blocks + 1, 1, 17, 16), None, None)[0].isfinite().all()
+                assert model(torch.randn(model.n_blocks + 1, 1, 17, 16), None,
+                             None)[0].isfinite().all()
         groups = IGVA(IGVAConfig(4, 8, L)).groups
         assert groups[0][0] == 1 and groups[-1][1] == L + 1 and all(a < b for a, b in groups)
         assert all(first[1] == second[0] for first, second in zip(groups, groups[1:]))
@@ -108,11 +122,13 @@ def test_depths():
 def test_wide_is_llava_twice():
     hidden = torch.randn(25, 2, 5, 8)
     once, _ = LLaVA(LLaVAConfig(8))(hidden, None, None)
-    assert torch.equal(LLaVA(LLaVAConfig(8, copies=2))(hidden, None, None)[0], torch.cat([once, once], -1))
+    assert torch.equal(
+        LLaVA(LLaVAConfig(8, copies=2))(hidden, None, None)[0], torch.cat([once, once], -1))
 
 
 def test_sti_pools_eight_patches_that_follow_each_other():
-    hidden, model = torch.randn(24, 2, 577, 4, dtype=torch.float64), DenseConnector(DenseConnectorConfig(4, kind="sti"))
+    hidden, model = torch.randn(24, 2, 577, 4, dtype=torch.float64), DenseConnector(
+        DenseConnectorConfig(4, kind="sti"))
     features, _ = model(hidden, None, None)
     assert features.shape == (2, 720, 4) and model.rows(576) == 720
     assert torch.equal(features[:, :576], hidden[23][:, 1:])
@@ -122,14 +138,16 @@ def test_sti_pools_eight_patches_that_follow_each_other():
             assert torch.allclose(features[:, 576 + 72 * k + i], expected, rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MMFuser
 
 def deformable_by_hand(model, query, levels):
     """The same, point by point, with the four patches around a point."""
     (B, N, d), (H, K, P), side = query.shape, model.shape, math.isqrt(query.shape[1])
     offsets = (query @ model.offsets.weight.T + model.offsets.bias).view(B, N, H, K, P, 2)
-    shares = (query @ model.shares.weight.T + model.shares.bias).view(B, N, H, K * P).softmax(-1).view(B, N, H, K, P)
+    shares = (query @ model.shares.weight.T + model.shares.bias).view(B, N, H,
+                                                                      K * P).softmax(-1).view(
+                                                                          B, N, H, K, P)
     value = (levels @ model.value.weight.T + model.value.bias).view(B, K, side, side, H, d // H)
     out = torch.zeros(B, N, H, d // H, dtype=query.dtype)
     for b in range(B):
@@ -137,12 +155,14 @@ def deformable_by_hand(model, query, levels):
             for h in range(H):
                 for k in range(K):
                     for p in range(P):
-                        x, y = n % side + offsets[b, n, h, k, p, 0], n // side + offsets[b, n, h, k, p, 1]
+                        x, y = n % side + offsets[b, n, h, k, p, 0], n // side + offsets[b, n, h, k,
+                                                                                         p, 1]
                         for row in (math.floor(y), math.floor(y) + 1):
                             for column in (math.floor(x), math.floor(x) + 1):
                                 if 0 <= row < side and 0 <= column < side:
                                     near = (1 - abs(x - column)) * (1 - abs(y - row))
-                                    out[b, n, h] += shares[b, n, h, k, p] * near * value[b, k, row, column, h]
+                                    out[b, n, h] += shares[b, n, h, k, p] * near * value[b, k, row,
+                                                                                         column, h]
     return out.view(B, N, d) @ model.out.weight.T + model.out.bias
 
 
@@ -152,11 +172,13 @@ def test_deformable_attention_point_by_point():
     query, levels = torch.randn(2, 9, 6).double(), torch.randn(2, 2, 9, 6).double()
     with torch.no_grad():
         at_first = model(query, levels)
-        assert torch.allclose(at_first, deformable_by_hand(model, query, levels), rtol=1e-10, atol=1e-12)
+        assert torch.allclose(at_first, deformable_by_hand(model, query, levels), rtol=1e-10,
+                              atol=1e-12)
         for p in model.parameters():
             p.normal_(0, 0.7)
         later = model(query, levels)
-        assert torch.allclose(later, deformable_by_hand(model, query, levels), rtol=1e-10, atol=1e-12)
+        assert torch.allclose(later, deformable_by_hand(model, query, levels), rtol=1e-10,
+                              atol=1e-12)
     assert not torch.allclose(at_first, later, atol=0.1)
 
 
@@ -167,7 +189,8 @@ def test_deformable_attention_starts_as_a_ring():
         for p in range(4):
             assert torch.allclose(ring[h, :, p], torch.tensor([x, y]) * (p + 1.0), atol=1e-5)
     assert torch.allclose(ring.abs().amax(-1), torch.arange(1, 5.0).expand(16, 3, 4))
-    assert not model.offsets.weight.any() and not model.shares.weight.any() and not model.out.bias.any()
+    assert not model.offsets.weight.any() and not model.shares.weight.any(
+    ) and not model.out.bias.any()
 
 
 def test_mmfuser_starts_as_llava_and_reads_its_layers():
@@ -196,8 +219,10 @@ def test_mmfuser_by_hand():
             x = x - x.mean(-1, keepdim=True)
             return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
         X, others = hidden[23][:, 1:], torch.stack([hidden[l][:, 1:] for l in (3, 8, 13, 18)], 1)
-        A = deformable_by_hand(model.cross, norm(X, model.query_norm), norm(others, model.level_norm))
-        S = deformable_by_hand(model.within, norm(A, model.within_norm), norm(A, model.within_norm)[:, None])
+        A = deformable_by_hand(model.cross, norm(X, model.query_norm),
+                               norm(others, model.level_norm))
+        S = deformable_by_hand(model.within, norm(A, model.within_norm),
+                               norm(A, model.within_norm)[:, None])
         expected = X + model.gamma1 * (A + model.gamma2 * S)
         assert torch.allclose(model(hidden, None, None)[0], expected, rtol=1e-9, atol=1e-11)
 
@@ -213,22 +238,25 @@ def test_mmfuser_is_not_computed_in_bfloat16():
     assert half.dtype == torch.bfloat16 and (half - exact).norm() < 0.02 * exact.norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # IGVA
 
 def igva(seed=0):
     torch.manual_seed(seed)
     model, F_t = IGVA(IGVAConfig(6, 8)).double(), torch.randn(3, 4, 6).double()
-    return model, torch.randn(25, 3, 5, 8).double(), F_t, torch.arange(4) < torch.tensor([[4], [2], [0]])
+    return model, torch.randn(25, 3, 5, 8).double(), F_t, torch.arange(4) < torch.tensor([[4], [2],
+                                                                                          [0]])
 
 
 def test_igva_without_text_is_the_mean_of_its_layers():
     model, hidden, F_t, mask = igva()
     for mode in ("off", "neutral"):
         out, maps = model(hidden, F_t, mask, mode)
-        assert torch.equal(out, model(hidden, F_t + 1, mask, mode)[0]) and maps["w_group"].eq(0.25).all()
+        assert torch.equal(out,
+                           model(hidden, F_t + 1, mask,
+                                 mode)[0]) and maps["w_group"].eq(0.25).all()
         assert torch.equal(out[..., :8], hidden[23][:, 1:])
-        assert torch.allclose(out[..., 8:], hidden[1:25, :, 1:].mean(0), rtol=1e-12)         # 24 in, 0 out
+        assert torch.allclose(out[..., 8:], hidden[1:25, :, 1:].mean(0), rtol=1e-12)  # 24 in, 0 out
 
 
 def test_igva_shares_out_by_the_question():
@@ -236,13 +264,16 @@ def test_igva_shares_out_by_the_question():
     out, maps = model(hidden, F_t, mask)
     w = maps["w_group"]
     assert w.shape == (3, 4) and torch.allclose(w.sum(1), torch.ones(3).double())
-    expected = sum(w[:, k, None, None] * hidden[1 + 6 * k:7 + 6 * k, :, 1:].mean(0) for k in range(4))
-    assert torch.allclose(out[..., 8:], expected, rtol=1e-12) and torch.equal(out[..., :8], hidden[23][:, 1:])
+    expected = sum(w[:, k, None, None] * hidden[1 + 6 * k:7 + 6 * k, :, 1:].mean(0)
+                   for k in range(4))
+    assert torch.allclose(out[..., 8:], expected, rtol=1e-12) and torch.equal(
+        out[..., :8], hidden[23][:, 1:])
     padded = F_t.masked_fill(~mask[..., None], 7.0)
     assert torch.equal(model(hidden, padded, mask)[1]["w_group"], w)
     asked = model(hidden, F_t.flip(2), mask)[1]["w_group"]
-    assert not torch.allclose(asked[:2], w[:2]) and torch.equal(asked[2], w[2])      # who says nothing asks nothing
-    for row in (0, 1):                                                               # the mean of its words alone
+    # who says nothing asks nothing
+    assert not torch.allclose(asked[:2], w[:2]) and torch.equal(asked[2], w[2])
+    for row in (0, 1):  # the mean of its words alone
         alone = F_t[row, mask[row]].mean(0)[None, None]
         again = model(hidden[:, row, None], alone, torch.ones(1, 1, dtype=torch.bool))[1]["w_group"]
         assert torch.allclose(again, w[row], rtol=1e-12)
@@ -250,17 +281,21 @@ def test_igva_shares_out_by_the_question():
 
 
 def test_igva_allocator_by_hand():
-    """Four post-norm blocks, in each of which one query looks at the four groups' CLS with four heads."""
+    """Four post-norm blocks, in each of which one query looks at the four groups' CLS with four
+    heads."""
     model, hidden, F_t, mask = igva()
-    norm = lambda x, layer: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * layer.weight + layer.bias
+    norm = lambda x, layer: (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt(
+    ) * layer.weight + layer.bias
     apply = lambda x, layer: layer.weight @ x + layer.bias
     x = apply(F_t[0].mean(0), model.sentence)
     groups = [apply(hidden[1 + 6 * k:7 + 6 * k, 0, 0].mean(0), model.cls) for k in range(4)]
     for block in model.blocks:
-        (q, k, v), (bq, bk, bv) = (p.chunk(3) for p in (block.attention.in_proj_weight, block.attention.in_proj_bias))
+        (q, k, v), (bq, bk, bv) = (p.chunk(3) for p in (block.attention.in_proj_weight,
+                                                        block.attention.in_proj_bias))
         heads = []
         for h in (slice(i, i + 2) for i in range(0, 8, 2)):
-            scores = torch.stack([(q @ x + bq)[h] @ (k @ g + bk)[h] / math.sqrt(2) for g in groups]).softmax(0)
+            scores = torch.stack([
+                (q @ x + bq)[h] @ (k @ g + bk)[h] / math.sqrt(2) for g in groups]).softmax(0)
             heads.append(sum(s * (v @ g + bv)[h] for s, g in zip(scores, groups)))
         x = norm(x + apply(torch.cat(heads), block.attention.out_proj), block.norm1)
         x = norm(x + apply(apply(x, block.ffn[0]).relu(), block.ffn[2]), block.norm2)
@@ -278,20 +313,21 @@ def test_bad_settings(make, match):
         make()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the model
 
-TOWER = CLIPVisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
-                         num_attention_heads=2)
+TOWER = CLIPVisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=24,
+                         num_hidden_layers=4, num_attention_heads=2)
 
 
 def tiny_vlm(name, D=24, seed=0):
     torch.manual_seed(seed)
     kind, settings = NAMED[name]
     sizes = dict(text_dim=D, vision_dim=16, n_layers=4, d_hidden=8)
-    config = kind(**{key: n for key, n in sizes.items() if key in kind.__dataclass_fields__}, **settings)
-    llm = LlamaConfig(vocab_size=50, hidden_size=D, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, max_position_embeddings=64)
+    config = kind(**{key: n for key, n in sizes.items() if key in kind.__dataclass_fields__},
+                  **settings)
+    llm = LlamaConfig(vocab_size=50, hidden_size=D, intermediate_size=32, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     model = VLM.build(CLIPVision(TOWER), Llama(llm), config).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -308,7 +344,8 @@ def test_save_and_load_bit_for_bit(tmp_path, name):
     assert again.fuser.config == model.fuser.config and type(again.fuser) is type(model.fuser)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(p, again.state_dict()[key]) for key, p in model.state_dict().items())
-    assert [p.requires_grad for p in again.fuser.parameters()] == [p.requires_grad for p in model.fuser.parameters()]
+    assert [p.requires_grad for p in again.fuser.parameters()
+            ] == [p.requires_grad for p in model.fuser.parameters()]
 
 
 @pytest.mark.parametrize("name, old, new, match", [
@@ -327,7 +364,7 @@ def test_a_config_that_does_not_fit(tmp_path, name, old, new, match):
 
 def test_only_one_copy_is_plain_llava(tmp_path):
     with pytest.raises(UserError, match="only plain LLaVA"):
-        tiny_vlm("wide").export_llava(tmp_path)
+        export_llava(tiny_vlm("wide"), tmp_path)
 
 
 def test_a_batch_of_unequal_rows_says_what_each_says_alone():
@@ -336,20 +373,25 @@ def test_a_batch_of_unequal_rows_says_what_each_says_alone():
     assert model.picture_rows == 20
     ids = torch.tensor([[1, 5, IMAGE_TOKEN, 6, 7], [0, 0, 1, 8, 9], [0, 1, IMAGE_TOKEN, 10, 11]])
     mask, pixels = ids != 0, torch.randn(3, 3, 32, 32).double()
-    query, asked = torch.tensor([[6, 7], [8, 9], [10, 0]]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool()
-    say = lambda rows: torch.stack(list(model.generate(pixels[rows], ids[rows], query[rows], asked[rows], mask[rows],
-                                                       max_new_tokens=8)), 1).tolist()
+    query, asked = torch.tensor([[6, 7], [8, 9], [10, 0]]), torch.tensor([[1, 1], [1, 1],
+                                                                          [1, 0]]).bool()
+    say = lambda rows: torch.stack(
+        list(
+            model.generate(pixels[rows], ids[rows], query[rows], asked[rows], mask[rows],
+                           max_new_tokens=8)), 1).tolist()
     alone = []
     for row in range(3):
         only = ids[row, mask[row]][None]
-        alone += torch.stack(list(model.generate(pixels[row, None], only, query[row, None], asked[row, None],
-                                                 max_new_tokens=8)), 1).tolist()
+        alone += torch.stack(
+            list(
+                model.generate(pixels[row, None], only, query[row, None], asked[row, None],
+                               max_new_tokens=8)), 1).tolist()
     assert say([0, 1, 2]) == alone and len(set(map(tuple, alone))) == 3
     embeds, real, _ = model.merge(model.look(pixels, query, asked)[0], ids, mask, left=True)
     assert real.sum(1).tolist() == [4 + 20, 3, 3 + 20] and embeds.shape[1] == 24
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In training
 
 @pytest.fixture(scope="module")
@@ -360,15 +402,20 @@ def stage_1(towers, tmp_path_factory):
     text = CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, max_position_embeddings=16, eos_token_id=63)
     CLIP(TOWER, text, projection_dim=8).save_pretrained(folder)
-    return ["--stage", "1", "--vision", str(folder), "--llm", str(towers / "llama"), "--steps", "2", "--batch", "2"]
+    return [
+        "--stage", "1", "--vision",
+        str(folder), "--llm",
+        str(towers / "llama"), "--steps", "2", "--batch", "2"]
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_both_stages_and_an_answer(stage_1, tmp_path, name):
     first, second = tmp_path / "1", tmp_path / "2"
     train.main([*stage_1, "--fuser", name, "--out", str(first)])
-    train.main(["--stage", "2", "--model", str(first), "--steps", "3", "--batch", "2", "--out", str(second), "--dtype",
-                "float32"])                                              # bfloat16 would change all by rounding it
+    train.main([
+        "--stage", "2", "--model",
+        str(first), "--steps", "3", "--batch", "2", "--out",
+        str(second), "--dtype", "float32"])  # bfloat16 would change all by rounding it
     losses = [float(row.split(",")[1]) for out in (first, second)
               for row in (out / "log.csv").read_text().splitlines()[1:]]
     assert len(losses) == 5 and all(map(math.isfinite, losses))
@@ -379,24 +426,30 @@ def test_both_stages_and_an_answer(stage_1, tmp_path, name):
     pairs = list(zip(models[0].fuser.parameters(), models[1].fuser.parameters(), strict=True))
     assert any(not torch.equal(p, q) for p, q in pairs) == bool(pairs)
     scenes = dataset.ToyScenes("train2", 2, 2, Tokenizer.from_pretrained(second), 32)
-    batch = train.collate([scenes[0], scenes[1]], "all", 2048, models[1].picture_rows)
+    batch = data.make_batch([scenes[0], scenes[1]], "all", 2048, models[1].picture_rows)
     trained = train.freeze(models[1], 2)
     assert math.isfinite(train.train_step(models[1], [batch], torch.device("cpu"), torch.float32))
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in trained.values())      # no grad, and DDP would wait
+    # no grad, and DDP would wait
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in trained.values())
     ids = torch.tensor([[1, IMAGE_TOKEN, 7, 8]])
-    said = list(models[1].generate(torch.randn(1, 3, 32, 32), ids, ids[:, 2:], ids[:, 2:] > 0, max_new_tokens=3))
-    assert len(said) == 3 and plan.whole_step(models[1], torch.randn(1, 3, 32, 32), ids[:, 2:]).isfinite()
+    said = list(models[1].generate(torch.randn(1, 3, 32, 32), ids, ids[:, 2:], ids[:, 2:] > 0,
+                                   max_new_tokens=3))
+    assert len(said) == 3 and plan.whole_step(models[1], torch.randn(1, 3, 32, 32),
+                                              ids[:, 2:]).isfinite()
 
 
 def test_stage_1_trains_what_does_not_ask(stage_1, tmp_path):
-    """MMFuser is trained with the projector; IGVA's allocator waits for stage 2, unless it is asked for."""
+    """MMFuser is trained with the projector; IGVA's allocator waits for stage 2, unless it is asked
+    for."""
     torch.manual_seed(42)
-    for name, more, trained in (("mmfuser", [], True), ("igva", [], False), ("igva", ["--stage1-ccra", "on"], True)):
+    for name, more, trained in (("mmfuser", [], True), ("igva", [], False),
+                                ("igva", ["--stage1-ccra", "on"], True)):
         out = tmp_path / f"{name}{len(more)}"
         args = options.arguments([*stage_1, "--fuser", name, *more, "--out", str(out)])
         model, _ = train.build(args)
         names = train.freeze(model, 1, args.mode)
-        assert any(key.startswith("fuser.") for key in names) == trained and "projector.0.weight" in names
+        assert any(key.startswith("fuser.")
+                   for key in names) == trained and "projector.0.weight" in names
 
 
 def test_what_does_not_go_together(stage_1, tmp_path):
@@ -404,10 +457,13 @@ def test_what_does_not_go_together(stage_1, tmp_path):
         with pytest.raises(UserError, match="belong to CCRA, not to --fuser dci"):
             train.main([*stage_1, "--fuser", "dci", *flags])
     with pytest.raises(UserError, match="doesn't read the question"):
-        train.main([*stage_1, "--fuser", "mmfuser", "--stage1-ccra", "neutral", "--out", str(tmp_path / "no")])
+        train.main([
+            *stage_1, "--fuser", "mmfuser", "--stage1-ccra", "neutral", "--out",
+            str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
     tiny_vlm("llava").save_pretrained(tmp_path / "llava")
-    stage_2 = lambda folder, *flags: options.arguments(["--stage", "2", "--model", str(tmp_path / folder), *flags])
+    stage_2 = lambda folder, *flags: options.arguments([
+        "--stage", "2", "--model", str(tmp_path / folder), *flags])
     for flags, match in ((["--norm", "stack"], "'llava'; --norm, --order and --off belong to CCRA"),
                          (["--fuser", "wide"], "'llava'; --fuser wide reads otherwise"),
                          (["--fuser", "dci"], "'llava'; --fuser dci reads otherwise")):
@@ -424,4 +480,6 @@ def test_stage_2_may_choose_among_equal_shapes(towers, tmp_path):
         args = options.arguments(["--stage", "2", "--model", str(tmp_path), "--fuser", name])
         fuser = train.build(args)[0].fuser
         assert fuser.config.order == order and fuser.config.d_hidden == 8
-        assert all(torch.equal(p, q.float()) for p, q in zip(fuser.parameters(), model.fuser.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q.float())
+            for p, q in zip(fuser.parameters(), model.fuser.parameters(), strict=True))

@@ -1,0 +1,147 @@
+"""The model that a stage of train.py begins with, as folders and flags say: two towers and what
+stands between them in stage 1, what stage 1 wrote in stage 2, and for --plan the same without
+numbers."""
+import argparse
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ccra import NAMED, VLM, outline
+from clip import CLIPVision, CLIPVisionConfig
+from core.common import UserError, read_json
+from core.layouts import Folder
+from core.tokenizer import Tokenizer
+from core.weights import skeleton
+from llama import Llama, LlamaConfig
+
+VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+              num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5,
+              max_position_embeddings=4096)
+
+
+def build(args: argparse.Namespace) -> tuple[VLM, Tokenizer]:
+    """The model before this stage, on the CPU and as it is stored, and its tokenizer. UserError for
+    flags that don't fit it."""
+    if args.stage == 2:
+        model = VLM.from_pretrained(args.model)
+        if args.fuser or variant(args):
+            model.fuser = refit(model.fuser, args, args.model)
+        model.query = args.query or model.query
+        return model, Tokenizer.from_pretrained(args.model)
+    tower = CLIPVision.from_pretrained(args.vision)
+    llm = Llama.from_pretrained(args.llm, dtype=None)                                   # as stored
+    config = fuser_config(args, tower.config, llm.config)
+    torch.manual_seed(args.seed)                  # the projector's and the fuser's first values
+    model = VLM.build(tower, llm, config, query=args.query or "all")
+    if args.mode != "off" and not model.fuser.asks:
+        raise UserError(f"--stage1-ccra {args.mode}: --fuser {args.fuser} doesn't read the "
+                        "question; leave it out")
+    return model, Tokenizer.from_pretrained(args.llm)
+
+
+def sketch(args: argparse.Namespace) -> VLM:
+    """The model of --plan, without numbers: of the folders if they are there, else of the paper's
+    sizes."""
+    with skeleton():
+        if args.stage == 2 and Path(args.model, "config.json").is_file():
+            model = outline(Folder(args.model))
+            if args.fuser or variant(args):
+                model.fuser = refit(model.fuser, args, args.model)
+            return model
+        vision = stored_config(args.vision, "vision")
+        llm = stored_config(args.llm, "llm")
+        tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
+        llama = Llama(LlamaConfig.from_dict(llm or VICUNA))
+        return VLM.build(tower, llama, fuser_config(args, tower.config, llama.config))
+
+
+def stored_config(dir: str | None, part: str) -> dict | None:
+    """What a folder says about one of its parts; None if there is no such model."""
+    if dir is None or not Path(dir, "config.json").is_file():
+        return None
+    return Folder(dir).part(part)
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands between the towers
+
+def variant(args: argparse.Namespace) -> dict:
+    """What the flags say about the fuser, as fields of its configuration. What they don't say stays
+    as it is."""
+    said = dict(NAMED[args.fuser][1]) if args.fuser else {}
+    said |= {key: getattr(args, key) for key in ("norm", "order") if getattr(args, key)}
+    return said | {part: False for part in args.off or ()}
+
+
+def fuser_config(args: argparse.Namespace, vision: CLIPVisionConfig, llm: LlamaConfig):
+    """The configuration of --fuser (default: CCRA) for towers of these configurations."""
+    kind = NAMED[args.fuser or "ccra"][0]
+    sizes = dict(text_dim=llm.hidden_size, vision_dim=vision.hidden_size,
+                 n_layers=vision.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64)
+    known = {key: n for key, n in sizes.items() if key in kind.__dataclass_fields__}
+    return kind(**known, **variant(args))
+
+
+def refit(fuser: nn.Module, args: argparse.Namespace, folder: str) -> nn.Module:
+    """Stage 1's fuser, changed as the flags say. They may change no shape, so that stage 2 can go
+    on from it: UserError."""
+    new = None
+    if type(fuser.config) is NAMED[args.fuser or "ccra"][0]:
+        new = type(fuser)(replace(fuser.config, **variant(args)))
+    if new is None or new.width != fuser.width:
+        why = "--norm, --order and --off belong to CCRA"
+        if args.fuser:
+            why = f"--fuser {args.fuser} reads otherwise: choose it in stage 1"
+        raise UserError(f"{folder}: its fuser is {fuser.name!r}; {why}")
+    new.load_state_dict(fuser.state_dict())
+    return new
+
+
+# --------------------------------------------------------------------------------------------------
+# How its blocks run
+
+def recompute(model: VLM) -> None:
+    """Blocks of the language model forget what they computed inside and do it again in the
+    backward: of 2,048 tokens a block keeps its input instead of some thirty tensors as large. (A
+    wrapper module would rename the parameters.)"""
+    for block in model.llm.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model: VLM) -> None:
+    """torch.compile for what each block computes. Before `recompute`, whose wrapper it wouldn't see
+    through."""
+    for block in [*model.vision.layers, *model.llm.layers]:
+        block.forward = torch.compile(block.forward)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is said about it
+
+def choices(model: VLM) -> dict:
+    """What flags may choose about a model, as it is."""
+    names = ("norm", "order", "lpwca", "lwca", "pwca", "smooth", "copies", "kind")
+    chosen = {key: value for key, value in vars(model.fuser.config).items() if key in names}
+    return {"fuser": model.fuser.name, **chosen, "query": model.query}
+
+
+def inherited(args: argparse.Namespace, model: VLM) -> str:
+    """What stage 2 takes over from stage 1, and what it changes, as a line; empty in stage 1."""
+    if args.stage == 1 or not Path(args.model, "train.json").is_file():
+        return ""
+    before = read_json(Path(args.model, "train.json"))
+    said = variant(args)
+    if args.query:
+        said["query"] = args.query
+    was = before["model"]
+    now = choices(model)
+    kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
+    changed = ", ".join(f"{key} {was.get(key)} -> {now[key]}"
+                        for key in said if was.get(key) != now[key])
+    mode = f", {now['fuser']} {before['mode']}" if model.fuser.asks else ""
+    line = f"from stage 1 ({before['steps']} steps{mode}): {kept}"
+    return f"{line}; changed: {changed}" if changed else line
