@@ -1,8 +1,9 @@
 """Table 1: what the paper reports, and what eval.py measured, side by side."""
 from pathlib import Path
 
-from benchmarks.answers import expect, expect_rows, read_json
-from benchmarks.scores import SCORERS
+from benchmarks import TASKS
+from benchmarks.answers import expect, expect_rows
+from core.common import read_json
 
 COLUMNS = dict(gqa="GQA", scienceqa="SQA", textvqa="TextVQA", vizwiz="VizWiz", mmbench="MMB-en",
                mmvet="MM-Vet", seed="SEED-I", mmmu="MMMU", mme="MME-p", pope="POPE")
@@ -20,7 +21,8 @@ REPORTED = {            # as printed in the paper; letters: see NOTES
     "IGVA": "63.1 70.2 59.4 54.3 66.9 33.5 68.3 36.4 1519.8 87.8",
     "CCRA (c)": "64.2 71.3 63.1 54.6 67.9 37.5 69.6 37.6 1525.6 88.9"}
 NOTES = """\
-Reported: as printed in the paper's Table 1, none of it measured here. Measured: by eval.py, and half its 95% interval.
+Reported: as printed in the paper's Table 1, none of it measured here.
+Measured: by eval.py, and half its 95% interval.
 (a) not LLaVA's own figures: those are 50.0 on VizWiz and 1510.7 on MME, among others
 (b) shifted one column to the left: 41.0 is MMB-en's, 972.7 MME-p's
 (c) 63.1 on TextVQA, while all of its ablations (Tables 3 and 4) have 58.2 to 59.3
@@ -29,24 +31,28 @@ VizWiz is the test split in the paper, whose answers are hidden; measured figure
 
 
 def figure(entry: dict | None) -> str:
-    """One task of a results.json."""
+    """One task of a results.json, as "score ± half the interval"."""
     if entry is None or entry["score"] is None:
         return "-"
     digits = 1 if entry["score"] > 200 else 2
-    return f"{entry['score']:.{digits}f} ±{entry['interval'][1] - entry['score']:.{digits}f}"
+    off = entry["interval"][1] - entry["score"]
+    return f"{entry['score']:.{digits}f} ±{off:.{digits}f}"
+
+
+def read(file: Path) -> dict:
+    """A results.json of eval.py. UserError if it isn't one."""
+    what = "a results.json of eval.py"
+    content = read_json(file, dict, what)
+    expect_rows([content], file, what, tasks=dict, model=str, weights=str, limit=int)
+    expect(content["tasks"].keys() <= TASKS.keys(), file, what)
+    expect_rows(content["tasks"].values(), file, what, score=(float, int, type(None)),
+                interval=(list, type(None)))
+    return content
 
 
 def show(files: list[Path]) -> None:
     """Print the table. UserError for a file that isn't one of eval.py's results."""
-    results = []
-    for file in files:
-        what = "a results.json of eval.py"
-        content = read_json(file, dict, what)
-        expect_rows([content], file, what, tasks=dict, model=str, weights=str, limit=int)
-        expect(content["tasks"].keys() <= SCORERS.keys(), file, what)
-        expect_rows(content["tasks"].values(), file, what, score=(float, int, type(None)),
-                    interval=(list, type(None)))
-        results.append(content)
+    results = [read(file) for file in files]
     print(f"{'reported':32}" + "".join(f"{name:>14}" for name in COLUMNS.values()))
     for name, row in REPORTED.items():
         print(f"{name:32}" + "".join(f"{value:>14}" for value in row.split()))
@@ -54,6 +60,6 @@ def show(files: list[Path]) -> None:
     for content in results:
         name = f"{Path(content['model']).name} {content['weights'][7:15]}"
         name += f" (first {content['limit']})" if content["limit"] else ""
-        print(f"{name:32}" + "".join(f"{figure(content['tasks'].get(task)):>14}"
-                                     for task in COLUMNS))
+        figures = [figure(content["tasks"].get(task)) for task in COLUMNS]
+        print(f"{name:32}" + "".join(f"{value:>14}" for value in figures))
     print("\n" + NOTES)

@@ -4,7 +4,7 @@
 Appendix C.1, for features X (L, N, d). With LPWCA's own Q and K every layer has a distribution over
 its patches,
 
-    p_l = softmax over patches of Q(F_q) . K(X_l) / sqrt(h)          F_q: the last token of the question
+    p_l = softmax over patches of Q(F_q) . K(X_l) / sqrt(h)      F_q: the last token of the question
 
 and the metrics tell how alike these are: Jensen-Shannon divergence (nats) and cosine, over all
 pairs of layers, and between each layer and the final map p* = softmax(w_p); how far their centroids
@@ -17,6 +17,7 @@ F_lp differs from F_stack in two things, weights and a norm. So there is a third
 (W_lp = 0): what that changes isn't LPWCA's doing.
 """
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -36,23 +37,27 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     the entropies."""
     def entropy(x):
         return torch.special.entr(x).sum(-1)
+
     return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
 
 def agreement(p: Tensor, final: Tensor) -> dict[str, Tensor]:
     """p (B, L, N), the layers' distributions over N = grid^2 patches; final (B, N) -> six metrics,
     (B) each."""
-    (_, L, N), grid = p.shape, math.isqrt(p.shape[-1])
-    i, j = torch.triu_indices(L, L, 1, device=p.device)  # the L (L - 1) / 2 pairs
-    centre = (torch.arange(grid, device=p.device, dtype=p.dtype) + 0.5) / grid
-    u = torch.cartesian_prod(centre, centre)  # (N, 2), row by row
-    mu = p @ u  # (B, L, 2), centroids
+    _, L, N = p.shape
+    grid = math.isqrt(N)
+    i, j = torch.triu_indices(L, L, 1, device=p.device)                          # (pairs) both
+    centre = (torch.arange(grid, device=p.device, dtype=p.dtype) + 0.5) / grid   # (grid)
+    u = torch.cartesian_prod(centre, centre)                                     # (N, 2), by rows
+    mu = p @ u                                                                   # (B, L, 2)
     cosine = torch.nn.functional.cosine_similarity
-    return dict(js=divergence(p[:, i], p[:, j]).mean(1), cos=cosine(p[:, i], p[:, j],
-                                                                    dim=-1).mean(1),
-                drift=(mu - mu.mean(1, keepdim=True)).norm(dim=-1).mean(1),
-                std=p.std(1, correction=0).mean(1), js_final=divergence(p, final[:, None]).mean(1),
-                cos_final=cosine(p, final[:, None], dim=-1).mean(1))
+    return dict(
+        js=divergence(p[:, i], p[:, j]).mean(1),
+        cos=cosine(p[:, i], p[:, j], dim=-1).mean(1),
+        drift=(mu - mu.mean(1, keepdim=True)).norm(dim=-1).mean(1),
+        std=p.std(1, correction=0).mean(1),
+        js_final=divergence(p, final[:, None]).mean(1),
+        cos_final=cosine(p, final[:, None], dim=-1).mean(1))
 
 
 def smoothness(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,54 +72,58 @@ def compare(fuser: CCRA, F_stack: Tensor, F_t: Tensor,
     mask: as for CCRA."""
     whole = isinstance(fuser, CCRA) and fuser.config.order == "progressive"
     if not (whole and fuser.config.lpwca and fuser.config.lwca and fuser.config.pwca):
-        raise UserError(
-            "Table 2 needs a model with CCRA, all of it in the paper's order: it compares before and after "
-            "LPWCA, beside the final map of PWCA")
+        raise UserError("Table 2 needs a model with CCRA, all of it in the paper's order: it "
+                        "compares before and after LPWCA, beside the final map of PWCA")
     F_stack, F_t = F_stack.float(), F_t.float()
     _, maps = fuser(F_stack, F_t, mask)
     text = (maps["alpha"][:, None] @ F_t)[:, 0]                                  # (B, D)
     last = F_t[torch.arange(len(F_t)), mask.sum(1) - 1]                          # (B, D), F_q
-    key, norm = fuser.key("lpwca", last), fuser.lpwca.norm                       # (B, d)
+    key = fuser.key("lpwca", last)                                               # (B, d)
     final = maps["w_p"].double().softmax(-1)                                     # (B, N), p*
+    weights = {"F_stack": None, "norm alone": torch.ones_like(maps["W_lp"]),
+               "F_lp": 1 + maps["W_lp"]}                                         # (B, L, N) each
     result = {}
-    for name, c in (("F_stack", None), ("norm alone", torch.ones_like(maps["W_lp"])),
-                    ("F_lp", 1 + maps["W_lp"])):
-        # (B, L, N, d), eq. 5 written out
-        X = F_stack if c is None else norm(F_stack, c, fuser.config.norm)
+    for name, c in weights.items():
+        X = F_stack                                                              # (B, L, N, d)
+        if c is not None:
+            X = fuser.lpwca.norm(F_stack, c, fuser.config.norm)                  # eq. 5 written out
         s = torch.stack([project(x, key) for x in X.unbind(1)], 1)               # (B, L, N)
-        w_l, w_hat = (w.double() for w in fuser.layer_weights(X.mean(2), text))  # (B, L) both
-        result[name] = agreement(s.double().softmax(-1), final)
-        result[name]["tv"], result[name]["entropy"] = smoothness(w_hat)
-        result[name]["tv_raw"], result[name]["entropy_raw"] = smoothness(w_l.softmax(-1))
+        w_l, w_hat = fuser.layer_weights(X.mean(2), text)                        # (B, L) both
+        tv, entropy = smoothness(w_hat.double())                                 # (B) both
+        tv_raw, entropy_raw = smoothness(w_l.double().softmax(-1))
+        result[name] = agreement(s.double().softmax(-1), final) | dict(
+            tv=tv, entropy=entropy, tv_raw=tv_raw, entropy_raw=entropy_raw)
     return result
 
 
 @torch.no_grad()
-def measure(model: VLM, batches) -> dict[str, dict[str, float]]:
+def measure(model: VLM, batches: Iterable) -> dict[str, dict[str, float]]:
     """The means over all questions. batches of (pixels (B, 3, H, W), query (B, Q), query_mask (B,
     Q))."""
     parts = []
     for pixels, query, mask in batches:
         hidden = model.vision(pixels, model.fuser.n_blocks)                      # (L+1, B, 1+N, d)
         F_t = model.llm.embed(query.masked_fill(~mask, 0))                       # (B, Q, D)
-        parts.append(compare(model.fuser, hidden[1:, :, 1:].transpose(0, 1), F_t, mask))
-    return {
-        row: {name: torch.cat([part[row][name] for part in parts]).mean().item() for name in NAMES}
-        for row in parts[0]}
+        F_stack = hidden[1:, :, 1:].transpose(0, 1)                              # (B, L, N, d)
+        parts.append(compare(model.fuser, F_stack, F_t, mask))
+    means = {}
+    for row in parts[0]:
+        values = {name: torch.cat([part[row][name] for part in parts]) for name in NAMES}
+        means[row] = {name: value.mean().item() for name, value in values.items()}
+    return means
 
 
 def show(result: dict, n: int, model: VLM) -> None:
     """`measure`'s result beside the paper's figures, of its own model on pictures that it doesn't
-    name."""
+    name. n: how many questions it is of."""
     L, N = model.fuser.config.n_layers, model.vision.grid ** 2
     print(f"{'':20}" + "".join(f"{name:>14}" for name in NAMES.values()))
     for row, values in PAPER.items():
-        print(f"{'paper, ' + row:20}" + "".join(f"{value:>14.3f}"
-                                                for value in values) + f"{'-':>14}" * 2)
+        figures = [f"{value:.3f}" for value in values] + ["-", "-"]
+        print(f"{'paper, ' + row:20}" + "".join(f"{figure:>14}" for figure in figures))
     for row, values in result.items():
         print(f"{'here, ' + row:20}" + "".join(f"{values[name]:>14.4f}" for name in NAMES))
     print(f"\nmeans over {n} questions; L = {L} layers, N = {N} patches; the paper: 24 and 576")
-    print(
-        f"H is at most ln L: {math.log(L):.2f} here, {math.log(24):.2f} in the paper. Std_patch is at most "
-        f"sqrt(L - 1) / N: {math.sqrt(L - 1) / N:.4f} here, {math.sqrt(23) / 576:.4f} with the paper's sizes, which "
-        "its own figures exceed.")
+    print(f"H is at most ln L: {math.log(L):.2f} here, {math.log(24):.2f} in the paper.")
+    print(f"Std_patch is at most sqrt(L - 1) / N: {math.sqrt(L - 1) / N:.4f} here, "
+          f"{math.sqrt(23) / 576:.4f} with the paper's sizes, which its own figures exceed.")
