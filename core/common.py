@@ -2,6 +2,7 @@
 locks."""
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -108,6 +109,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content) -> None:
     """A JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def copy_into(dir: str | Path, file: str | Path | None) -> None:
+    """A copy of a file in a folder, whole or not at all. None, or a file that is there: nothing."""
+    target = Path(dir) / Path(file or "").name
+    if file is not None and not (target.exists() and target.samefile(file)):
+        write_beside(target, lambda tmp: shutil.copyfile(file, tmp))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,23 +1,37 @@
-"""TODO fusers/common.py"""
+"""What several fusers share: checks of their settings, and layers by their share of the depth."""
 from torch import Tensor
 
 from core.common import UserError
 
 
-def whole(config, **least) -> None:
+def title(config) -> str:
+    """The fuser's name in messages: "LLaVA" of a LLaVAConfig."""
+    return type(config).__name__.removesuffix("Config")
+
+
+def whole(config, **least: int) -> None:
     """UserError for a setting that isn't a whole number, or is less than it may be."""
     for name, low in least.items():
-        if type(value := getattr(config, name)) is not int or value < low:
-            raise UserError(
-                f"{type(config).__name__.removesuffix('Config')}: {name} = {value!r} should be a whole "
-                f"number, {low} or more")
+        value = getattr(config, name)
+        if type(value) is not int or value < low:
+            raise UserError(f"{title(config)}: {name} = {value!r} should be a whole number, "
+                            f"{low} or more")
 
 
 def one_of(config, name: str, values: tuple) -> None:
-    if (value := getattr(config, name)) not in values:
-        raise UserError(
-            f"{type(config).__name__.removesuffix('Config')}: {name} = {value!r} should be one of "
-            + ", ".join(values))
+    """UserError for a setting that is none of these values."""
+    value = getattr(config, name)
+    if value not in values:
+        raise UserError(f"{title(config)}: {name} = {value!r} should be one of "
+                        + ", ".join(values))
+
+
+def fits(config, **sizes: int) -> None:
+    """UserError for a setting that isn't the size that the towers need."""
+    for name, size in sizes.items():
+        if getattr(config, name, size) != size:
+            raise UserError(f"{title(config)}: {name} = {getattr(config, name)}, but these towers "
+                            f"need {size}")
 
 
 def at(layer: int, n_layers: int) -> int:

@@ -1,4 +1,5 @@
-"""TODO fusers/dense_connector.py"""
+"""Dense Connector (Yao et al., 2024): fixed layers beside LLaVA's, as tokens or as channels. No
+parameters."""
 from dataclasses import dataclass
 
 import torch
@@ -23,32 +24,34 @@ class DenseConnectorConfig:
 
 
 class DenseConnector(nn.Module):
-    """Dense Connector (Yao et al., 2024), beside LLaVA's layer L-1, of 24 blocks:
+    """Beside LLaVA's layer L-1, of 24 blocks:
 
-        sti   layers 7 and 15 as tokens of their own, each the mean of 8 patches that follow each other in a row
+        sti   layers 7 and 15 as tokens of their own, each the mean of 8 neighbours in a row
         sci   layers 7 and 15 as channels
-        dci   the means of layers 0..11 and 12..23 as channels. The embeddings (0) are in, the last layer (24) isn't
+        dci   the means of layers 0..11 and 12..23 as channels. The embeddings (0) are in, the last
+              layer (24) isn't
     """
     name, asks = "denseconnector", False
 
     def __init__(self, config: DenseConnectorConfig):
         super().__init__()
-        L, self.config, self.n_blocks = config.n_layers, config, config.n_layers - 1
-        self.width = config.vision_dim * (1 if config.kind == "sti" else 3)
-        low, high = at(7, L), at(15, L)
-        two = [(0, L // 2), (L // 2, L)] if config.kind == "dci" else [(low, low + 1),
-                                                                       (high, high + 1)]
+        self.config = config
+        L, low, high = config.n_layers, at(7, config.n_layers), at(15, config.n_layers)
+        two = [(low, low + 1), (high, high + 1)]
+        if config.kind == "dci":
+            two = [(0, L // 2), (L // 2, L)]
         self.groups = [(L - 1, L), *two]
+        self.n_blocks = L - 1
+        self.width = config.vision_dim * (1 if config.kind == "sti" else 3)
 
     def rows(self, N: int) -> int:
         return N + 2 * (N // 8) if self.config.kind == "sti" else N
 
     def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
-                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+                mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
         """-> (B, N, 3d), but (B, N + 2 (N // 8), d) for sti; no maps."""
-        last, *two = [average(hidden, *group) for group in self.groups]             # each (B, N, d)
+        last, *two = [average(hidden, *group) for group in self.groups]            # (B, N, d) each
         if self.config.kind != "sti":
             return torch.cat([last, *two], dim=-1), {}
-        two = [nn.functional.avg_pool1d(x.transpose(1, 2), 8).transpose(1, 2)
-               for x in two]  # (B, N // 8, d)
+        two = [nn.functional.avg_pool1d(x.mT, 8).mT for x in two]                  # (B, N // 8, d)
         return torch.cat([last, *two], dim=1), {}

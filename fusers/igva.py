@@ -1,4 +1,5 @@
-"""TODO fusers/igva.py"""
+"""IGVA, the instruction-guided vision aggregator (Li et al., 2025): the question shares out weight
+among groups of layers."""
 from dataclasses import dataclass
 
 import torch
@@ -6,9 +7,6 @@ from torch import Tensor, nn
 
 from core.common import UserError
 from fusers.common import whole
-
-# --------------------------------------------------------------------------------------------------
-# IGVA
 
 
 @dataclass
@@ -26,9 +24,8 @@ class IGVAConfig:
         whole(self, text_dim=1, vision_dim=1, groups=2, blocks=1, heads=1)
         whole(self, n_layers=self.groups)
         if self.vision_dim % self.heads:
-            raise UserError(
-                f"IGVA: vision_dim = {self.vision_dim} should be a multiple of heads = {self.heads}"
-            )
+            raise UserError(f"IGVA: vision_dim = {self.vision_dim} should be a multiple of "
+                            f"heads = {self.heads}")
 
 
 class AllocatorBlock(nn.Module):
@@ -47,12 +44,9 @@ class AllocatorBlock(nn.Module):
 
 
 class IGVA(nn.Module):
-    """Instruction-guided vision aggregator (Li et al., 2025): the question shares out weight among
-    groups of layers.
-
-    Of 24 blocks: 1..6, 7..12, 13..18, 19..24, each averaged. Whatever mode isn't "on" is stage 1 as
-    released: no text, the plain mean of the groups through the same projector. The allocator joins
-    in stage 2.
+    """Of 24 blocks: 1..6, 7..12, 13..18, 19..24, each averaged. Whatever mode isn't "on" is stage 1
+    as released: no text, the plain mean of the groups through the same projector. The allocator
+    joins in stage 2.
 
     Not as released: the sentence encoder (all-mpnet-base-v2, frozen, 109M) is not here. In its
     place stands the mean of F_t, the language model's own embeddings of the question, which are
@@ -64,8 +58,8 @@ class IGVA(nn.Module):
 
     def __init__(self, config: IGVAConfig):
         super().__init__()
-        d, L, K, self.config = config.vision_dim, config.n_layers, config.groups, config
-        self.width, self.n_blocks = 2 * d, L
+        d, L, K = config.vision_dim, config.n_layers, config.groups
+        self.config, self.width, self.n_blocks = config, 2 * d, L
         self.groups = [(1 + k * L // K, 1 + (k + 1) * L // K) for k in range(K)]
         self.sentence, self.cls = nn.Linear(config.text_dim, d), nn.Linear(d, d)
         self.blocks = nn.ModuleList(AllocatorBlock(d, config.heads) for _ in range(config.blocks))
@@ -75,25 +69,25 @@ class IGVA(nn.Module):
         """cls (B, K, d), the groups' CLS; F_t (B, T, D), mask (B, T) -> w (B, K), sums to 1. No
         words are zeros."""
         dtype = self.out.weight.dtype
-        words = (F_t.to(dtype) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(
-            min=1)  # (B, D)
-        x, groups = self.sentence(words)[:, None], self.cls(cls.to(dtype))    # (B, 1, d), (B, K, d)
+        total = (F_t.to(dtype) * mask[..., None]).sum(1)                           # (B, D)
+        words = total / mask.sum(1, keepdim=True).clamp(min=1)                     # (B, D), mean
+        x = self.sentence(words)[:, None]                                          # (B, 1, d)
+        groups = self.cls(cls.to(dtype))                                           # (B, K, d)
         for block in self.blocks:
             x = block(x, groups)
         return self.out(x[:, 0]).softmax(-1)
 
     def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
-                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+                mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
         """-> (B, N, 2d): layer L-1 and the weighted groups; the map w_group (B, K), at least
         float32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            groups = torch.stack([hidden[a:b].mean(0, dtype=wide) for a, b in self.groups],
-                                 1)  # (B, K, 1+N, d)
+            groups = [hidden[start:stop].mean(0, dtype=wide) for start, stop in self.groups]
+            groups = torch.stack(groups, 1)                                        # (B, K, 1+N, d)
+            w = groups.new_full(groups.shape[:2], 1 / len(self.groups))            # (B, K)
             if mode == "on":
-                w = self.allocate(groups[:, :, 0], F_t, mask).to(wide)                   # (B, K)
-            else:
-                w = groups.new_full(groups.shape[:2], 1 / len(self.groups))
-            fused = torch.einsum("bk,bknd->bnd", w, groups[:, :, 1:])                    # (B, N, d)
-        return torch.cat([hidden[self.n_blocks - 1][:, 1:],
-                          fused.to(hidden.dtype)], dim=-1), {"w_group": w}
+                w = self.allocate(groups[:, :, 0], F_t, mask).to(wide)
+            fused = torch.einsum("bk,bknd->bnd", w, groups[:, :, 1:])              # (B, N, d)
+        last = hidden[self.n_blocks - 1][:, 1:]                                    # (B, N, d)
+        return torch.cat([last, fused.to(hidden.dtype)], dim=-1), {"w_group": w}

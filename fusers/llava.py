@@ -1,13 +1,10 @@
-"""TODO fusers/llava.py"""
+"""Plain LLaVA-1.5 (Liu et al., 2023): one layer, whatever is asked. No parameters."""
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fusers.common import whole
-
-# --------------------------------------------------------------------------------------------------
-# Without parameters of their own
 
 
 @dataclass
@@ -23,16 +20,16 @@ class LLaVAConfig:
 
 
 class LLaVA(nn.Module):
-    """LLaVA-1.5: the patches of the last layer but one, whatever is asked. No parameters."""
+    """The patches of the last layer but one."""
     name, asks = "llava", False
 
     def __init__(self, config: LLaVAConfig):
         super().__init__()
         self.config, self.width = config, config.vision_dim * config.copies
-        # hidden[-2] of L+1 states is what comes out of block L-1
-        self.n_blocks = config.n_layers - 1
+        self.n_blocks = config.n_layers - 1        # hidden[-2] of L+1 states: out of block L-1
 
     def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
-                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+                mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
         """hidden (n_blocks+1 or more, B, 1+N, d), CLS first -> (B, N, width) and no maps."""
-        return torch.cat([hidden[self.n_blocks][:, 1:]] * self.config.copies, dim=-1), {}
+        patches = hidden[self.n_blocks][:, 1:]                                     # (B, N, d)
+        return torch.cat([patches] * self.config.copies, dim=-1), {}

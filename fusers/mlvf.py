@@ -1,4 +1,5 @@
-"""TODO fusers/mlvf.py"""
+"""Multi-layer visual feature fusion (Lin et al., 2025), its external direct fusion (E_D): layers of
+each stage, channels side by side. No parameters."""
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,7 @@ MLVF_LAYERS = ("18", "3-18-23", "former", "latter", "all")
 
 @dataclass
 class MLVFConfig:
-    """layers: which ones stand beside LLaVA's; the default is one of each stage, as the paper
-    recommends."""
+    """layers: which ones stand beside LLaVA's; the default is one of each stage, as recommended."""
     vision_dim: int = 1024
     n_layers: int = 24
     layers: str = "3-18-23"
@@ -23,28 +23,25 @@ class MLVFConfig:
 
 
 class MLVF(nn.Module):
-    """Multi-layer visual feature fusion (Lin et al., 2025), its external direct fusion (E_D):
-    channels side by side.
-
-    Of 24 blocks: layer 18, layers 3 and 18, the mean of 1..12 ("former"), of 13..24 ("latter"), or
-    both ("all"); then LLaVA's layer 23. The paper's other three fusions add weights elsewhere or
+    """Of 24 blocks: layer 18, layers 3 and 18, the mean of 1..12 ("former"), of 13..24 ("latter"),
+    or both ("all"); then LLaVA's layer 23. The paper's other three fusions add weights elsewhere or
     reach into the language model.
     """
     name, asks = "mlvf", False
 
     def __init__(self, config: MLVFConfig):
         super().__init__()
-        L, self.config = config.n_layers, config
-        low, high, former, latter = at(3, L), at(18, L), (1, L // 2 + 1), (L // 2 + 1, L + 1)
+        self.config = config
+        L, low, high = config.n_layers, at(3, config.n_layers), at(18, config.n_layers)
         low, high = (low, low + 1), (high, high + 1)
-        self.groups = [
-            *{
-                "18": [high], "3-18-23": [low, high], "former": [former], "latter": [latter],
-                "all": [former, latter]}[config.layers], (L - 1, L)]
-        self.width, self.n_blocks = config.vision_dim * len(self.groups), max(
-            stop for _, stop in self.groups) - 1
+        former, latter = (1, L // 2 + 1), (L // 2 + 1, L + 1)
+        chosen = {"18": [high], "3-18-23": [low, high], "former": [former], "latter": [latter],
+                  "all": [former, latter]}
+        self.groups = [*chosen[config.layers], (L - 1, L)]
+        self.width = config.vision_dim * len(self.groups)
+        self.n_blocks = max(stop for _, stop in self.groups) - 1
 
     def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
-                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+                mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
         """-> (B, N, 2d or 3d) and no maps."""
         return torch.cat([average(hidden, *group) for group in self.groups], dim=-1), {}

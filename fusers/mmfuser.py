@@ -1,4 +1,5 @@
-"""TODO fusers/mmfuser.py"""
+"""MMFuser (Cao et al., 2024): LLaVA's layer asks shallower ones for details, by deformable
+attention."""
 import math
 from dataclasses import dataclass
 
@@ -6,11 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core.common import UserError
-from fast.linear import Linear
 from fusers.common import at, whole
-
-# --------------------------------------------------------------------------------------------------
-# MMFuser
 
 
 @dataclass
@@ -24,14 +21,13 @@ class MMFuserConfig:
     def __post_init__(self):
         whole(self, vision_dim=1, n_layers=2, heads=1, points=1)
         if self.vision_dim % self.heads:
-            raise UserError(
-                f"MMFuser: vision_dim = {self.vision_dim} should be a multiple of heads = {self.heads}"
-            )
+            raise UserError(f"MMFuser: vision_dim = {self.vision_dim} should be a multiple of "
+                            f"heads = {self.heads}")
 
 
 class Deformable(nn.Module):
     """Deformable attention (Zhu et al., 2021): a query looks at a few points around its own place,
-    in every level, and says itself where they are and how much each of them counts. No key is ever
+    in every level. It says itself where they are and how much each of them counts; no key is ever
     compared with it.
 
     It starts by looking evenly at points that go out from the query's place, each head in a
@@ -41,46 +37,48 @@ class Deformable(nn.Module):
     def __init__(self, d: int, heads: int, levels: int, points: int):
         super().__init__()
         self.shape = heads, levels, points
-        self.offsets, self.shares = Linear(d, heads * levels * points * 2), Linear(
-            d, heads * levels * points)
-        self.value, self.out = Linear(d, d), Linear(d, d)
+        self.offsets = nn.Linear(d, heads * levels * points * 2)
+        self.shares = nn.Linear(d, heads * levels * points)
+        self.value, self.out = nn.Linear(d, d), nn.Linear(d, d)
         for layer in (self.offsets, self.shares, self.value, self.out):
             nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.offsets.weight), nn.init.zeros_(self.shares.weight)
-        nn.init.xavier_uniform_(self.value.weight), nn.init.xavier_uniform_(self.out.weight)
-        angle = torch.arange(heads) * (2 * math.pi / heads)                # (H)
-        step = torch.stack([angle.cos(), angle.sin()], -1)                 # (H, 2)
-        step = step / step.abs().amax(-1, keepdim=True)  # onto a square, as patches are
-        # (H, 1, P, 2), in patches
-        ring = step[:, None, None] * torch.arange(1, points + 1)[:, None]
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.shares.weight)
+        nn.init.xavier_uniform_(self.value.weight)
+        nn.init.xavier_uniform_(self.out.weight)
+        angle = torch.arange(heads) * (2 * math.pi / heads)                        # (H)
+        step = torch.stack([angle.cos(), angle.sin()], -1)                         # (H, 2)
+        step = step / step.abs().amax(-1, keepdim=True)            # onto a square, as patches are
+        distance = torch.arange(1, points + 1)[:, None]                            # (P, 1), patches
+        ring = step[:, None, None] * distance                                      # (H, 1, P, 2)
         with torch.no_grad():
             self.offsets.bias.copy_(ring.expand(heads, levels, points, 2).flatten())
 
     def forward(self, query: Tensor, levels: Tensor) -> Tensor:
         """query (B, N, d); levels (B, K, N, d), each N patches of a square picture, row by row ->
         (B, N, d)."""
-        (B, N, d), (H, K, P), side = query.shape, self.shape, math.isqrt(query.shape[1])
-        # places are too fine for half precision
-        wide = torch.promote_types(query.dtype, torch.float32)
-        shares = self.shares(query).to(wide).view(B, N, H, K * P).softmax(-1)       # (B, N, H, K P)
-        offsets = self.offsets(query).to(wide).view(B, N, H, K, P, 2)  # x, y in patches
-        y, x = torch.meshgrid(*[torch.arange(side, device=query.device, dtype=wide) + 0.5] * 2,
-                              indexing="ij")
-        own = torch.stack([x, y], -1).view(N, 1, 1, 1, 2)  # centres of the patches
-        place = 2 * (own + offsets) / side - 1  # (B, N, H, K, P, 2), -1 to 1
+        (B, N, d), (H, K, P) = query.shape, self.shape
+        side = math.isqrt(N)
+        wide = torch.promote_types(query.dtype, torch.float32)     # half is too coarse for places
+        shares = self.shares(query).to(wide).view(B, N, H, K * P).softmax(-1)      # (B, N, H, K P)
+        offsets = self.offsets(query).to(wide).view(B, N, H, K, P, 2)              # x, y in patches
+        centre = torch.arange(side, device=query.device, dtype=wide) + 0.5
+        y, x = torch.meshgrid(centre, centre, indexing="ij")
+        own = torch.stack([x, y], -1).view(N, 1, 1, 1, 2)                          # of the patches
+        place = 2 * (own + offsets) / side - 1                     # (B, N, H, K, P, 2), -1 to 1
         place = place.permute(0, 2, 3, 1, 4, 5).reshape(B * H * K, N, P, 2)
         value = self.value(levels).to(wide).view(B, K, side, side, H, d // H)
         value = value.permute(0, 4, 1, 5, 2, 3).reshape(B * H * K, d // H, side, side)
         # Between patches: bilinear; beyond the picture: zeros
         seen = nn.functional.grid_sample(value, place, align_corners=False)  # (B H K, d/H, N, P)
         seen = seen.view(B, H, K, d // H, N, P)
-        out = torch.einsum("bhkcnp,bnhkp->bnhc", seen, shares.view(B, N, H, K, P))  # (B, N, H, d/H)
+        shares = shares.view(B, N, H, K, P)
+        out = torch.einsum("bhkcnp,bnhkp->bnhc", seen, shares)                     # (B, N, H, d/H)
         return self.out(out.reshape(B, N, d).to(query.dtype))
 
 
 class MMFuser(nn.Module):
-    """MMFuser (Cao et al., 2024): LLaVA's layer asks layers 3, 8, 13 and 18 (of 24) for details,
-    then what it got.
+    """LLaVA's layer asks layers 3, 8, 13 and 18 (of 24) for details, then what it got.
 
     gamma1, gamma2 start at zero: at first this is plain LLaVA. It computes in its parameters' dtype
     (float32 where they are trained), not in autocast's.
@@ -89,24 +87,26 @@ class MMFuser(nn.Module):
 
     def __init__(self, config: MMFuserConfig):
         super().__init__()
-        d, L, self.config = config.vision_dim, config.n_layers, config
-        self.width, self.n_blocks = d, L - 1
+        d, L = config.vision_dim, config.n_layers
+        self.config, self.width, self.n_blocks = config, d, L - 1
         self.layers = [at(l, L) for l in (3, 8, 13, 18)]
         self.cross = Deformable(d, config.heads, len(self.layers), config.points)
         self.within = Deformable(d, config.heads, 1, config.points)
-        self.query_norm, self.level_norm, self.within_norm = (nn.LayerNorm(d, eps=1e-6)
-                                                              for _ in range(3))
-        self.gamma1, self.gamma2 = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.query_norm = nn.LayerNorm(d, eps=1e-6)
+        self.level_norm = nn.LayerNorm(d, eps=1e-6)
+        self.within_norm = nn.LayerNorm(d, eps=1e-6)
+        self.gamma1 = nn.Parameter(torch.zeros(d))
+        self.gamma2 = nn.Parameter(torch.zeros(d))
 
     def forward(self, hidden: Tensor, F_t: Tensor, mask: Tensor,
-                mode="on") -> tuple[Tensor, dict[str, Tensor]]:
+                mode: str = "on") -> tuple[Tensor, dict[str, Tensor]]:
         """-> (B, N, d) and no maps."""
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = self.gamma1.dtype
-            X = hidden[self.n_blocks][:, 1:].to(dtype)                                  # (B, N, d)
-            levels = torch.stack([hidden[l][:, 1:].to(dtype) for l in self.layers],
-                                 1)  # (B, 4, N, d)
-            A = self.cross(self.query_norm(X), self.level_norm(levels))                 # (B, N, d)
+            X = hidden[self.n_blocks][:, 1:].to(dtype)                             # (B, N, d)
+            levels = [hidden[l][:, 1:].to(dtype) for l in self.layers]
+            levels = torch.stack(levels, 1)                                        # (B, 4, N, d)
+            A = self.cross(self.query_norm(X), self.level_norm(levels))            # (B, N, d)
             normed = self.within_norm(A)
             A = A + self.gamma2 * self.within(normed, normed[:, None])
             return (X + self.gamma1 * A).to(hidden.dtype), {}
