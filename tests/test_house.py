@@ -290,6 +290,17 @@ def test_the_readme_has_the_tree(files):
     assert not missing, f"not in README's tree: {sorted(missing)}"
 
 
+def test_the_readme_says_where_things_are():
+    """`ccra.py: smooth`, `CCRA.key`: what is named behind a file stands in that file."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"`([\w/]+\.py): ([\w., ]+)`((?:, `[\w.]+`)*)", text)
+    assert len(said) > 10
+    for file, first, more in said:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", first + more):
+            assert re.search(rf"\b(?:def|class) {name}\b|^{name}\b", source, re.M), (file, name)
+
+
 def test_links_lead_somewhere(files):
     """Relative links and pictures of our pages."""
     for page in (name for name in files if name.endswith(".md")):

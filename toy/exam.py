@@ -27,7 +27,10 @@ def exam(seed: int, n: int) -> list[Item]:
     with a new pair."""
     items = []
     for i in range(n):
-        kind, new_phrasing, new_pair = QUESTIONS[i % 8], i // 8 % 2 == 1, i // 16 % 2 == 1
+        kind = QUESTIONS[i % len(QUESTIONS)]
+        before = i // len(QUESTIONS)                                    # questions of this kind
+        new_phrasing = before % 2 == 1
+        new_pair = before // 2 % 2 == 1
         for attempt in range(1000):
             # training has no such keys
             scene = make_scene(f"test{seed}/{i}/{attempt}", new_pair=new_pair)
