@@ -1,18 +1,16 @@
-"""Weights on disk: find them, rename them, check every one of them, put them into a module, write
-them back.
+"""Weights on disk: find them, rename them, check every one, put them into a module, write them
+back.
 
 All models here read and write the public layout: a folder with config.json and safetensors files
 (older ones: pickles, .bin), where each tensor has the name that Hugging Face's transformers gave
-it. formats.py knows how a public name maps to ours (`rename`) and which public tensors are of no
-use (`unneeded`); everything else is done by `load`, which is strict. A tensor that is missing,
+it. core/layouts.py knows how a public name maps to ours (`rename`) and which public tensors are of
+no use (`unneeded`); everything else is done by `load`, which is strict. A tensor that is missing,
 unknown, twice there or of the wrong shape ends the program with one line that names it. A model
 with one layer left at random looks almost right, and that costs days; an error costs a minute.
 
 Files are mapped, not read: a tensor that keeps its number format is the file's own memory, paged in
 where it is used, and what is written to it later never reaches the file. So a large model is there
 at once, without a second copy.
-
-Also here, because every file needs it: the choice of a device.
 """
 import ctypes
 import mmap
@@ -20,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -52,15 +51,13 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    # on bad bytes it raises UnpicklingError, RuntimeError, EOFError, IndexError and others
-    except Exception as e:
+    except Exception as e:       # UnpicklingError, RuntimeError, EOFError, IndexError and others
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        # the reason stands below
-        refused = lines[0].startswith("Weights only load failed") and len(lines) > 1
-        reason = lines[refused].split(". ")[0].strip()
-        raise UserError(
-            f"{path}: not a complete file of plain tensors ({reason}); download it again, or get its "
-            "safetensors") from e
+        if lines[0].startswith("Weights only load failed") and len(lines) > 1:
+            lines.pop(0)                                 # the reason stands below
+        reason = lines[0].split(". ")[0].strip()
+        raise UserError(f"{path}: not a complete file of plain tensors ({reason}); download it "
+                        "again, or get its safetensors") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
@@ -74,19 +71,18 @@ def drop_pages(tensor: Tensor) -> None:
     """Give back the memory of a mapped tensor that was read: the file still has it. (Other systems
     than Linux do so when memory runs short.) Never for memory that isn't a file's, and never after
     writing to it."""
-    if sys.platform == "linux":
-        page = mmap.PAGESIZE
-        # inwards: the outermost pages have other owners, too
-        start = -(-tensor.data_ptr() // page) * page
-        end = (tensor.data_ptr() + tensor.nbytes) // page * page
-        if end > start:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start),
-                                      mmap.MADV_DONTNEED)
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE         # rounded inwards: the outermost pages have other owners, too
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start),
+                                  mmap.MADV_DONTNEED)
 
 
 class Tensors(Mapping):
-    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one
-    tensor.
+    """A folder's tensors by public name. Opening reads only headers; `self[name]` maps that one.
 
     Accepts model.safetensors, or model.safetensors.index.json with its shards; if there is neither,
     pytorch_model.bin or its index with shards. Opening checks that every file is complete and that
@@ -104,14 +100,15 @@ class Tensors(Mapping):
         # the hub often keeps .bin beside safetensors
         single, index = (self.dir / name for name in there[0])
         if single.is_file() and index.is_file():
-            raise UserError(
-                f"{self.dir}: holds both {single.name} and {index.name}; remove the one that is outdated"
-            )
-        table = self._read_index(index) if index.is_file() else None
-        for path in [single] if table is None else sorted(set(table.values())):
+            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the "
+                            "one that is outdated")
+        if single.is_file():
+            self._open(single)
+            return
+        table = self._read_index(index)
+        for path in sorted(set(table.values())):
             self._open(path)
-        if table is not None:
-            self._compare(table, index)
+        self._compare(table, index)
 
     @staticmethod
     def _read_index(path: Path) -> dict[str, Path]:
@@ -120,8 +117,8 @@ class Tensors(Mapping):
             raise UserError(f'{path}: no "weight_map" from tensor names to file names')
         for name, file in table.items():
             if Path(file).name != file:              # an index must not reach out of its folder
-                raise UserError(
-                    f"{path}: {name} is said to be in {file!r}, which is not a plain file name")
+                raise UserError(f"{path}: {name} is said to be in {file!r}, which is not a plain "
+                                "file name")
         return {name: path.parent / file for name, file in table.items()}
 
     def _open(self, path: Path) -> None:
@@ -134,9 +131,8 @@ class Tensors(Mapping):
                 self.handles[path] = safe_open(path, framework="pt", device="cpu")
             # cut short by a broken download, or not safetensors at all
             except (SafetensorError, OSError) as e:
-                raise UserError(
-                    f"{path}: not a complete safetensors file ({e}); download or copy it again"
-                ) from e
+                raise UserError(f"{path}: not a complete safetensors file ({e}); download or copy "
+                                "it again") from e
         for name in self.handles[path].keys():
             if name in self.files:
                 raise UserError(f"{path}: {name} is also in {self.files[name].name}")
@@ -145,16 +141,15 @@ class Tensors(Mapping):
     def _compare(self, table: dict[str, Path], index: Path) -> None:
         for name, path in table.items():
             if self.files.get(name) != path:
-                raise UserError(
-                    f"{index}: says that {name} is in {path.name}, but that file doesn't hold it")
+                raise UserError(f"{index}: says that {name} is in {path.name}, but that file "
+                                "doesn't hold it")
         for name, path in self.files.items():
             if name not in table:
                 raise UserError(f"{path}: holds {name}, which {index.name} doesn't list")
 
     def __getitem__(self, name: str) -> Tensor:
-        handle = self.handles[self.files[name]]
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(
-            name)  # mapped either way
+        handle = self.handles[self.files[name]]          # mapped either way
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -166,12 +161,15 @@ class Tensors(Mapping):
         return name in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; no number is read for it."""
         return tuple(self[name].shape)
 
     def nbytes(self, name: str) -> int:
+        """How many bytes of the files it takes."""
         return self[name].nbytes
 
     def file(self, name: str) -> Path:
+        """The file that holds it."""
         return self.files[name]
 
     def drop(self, name: str) -> None:
@@ -182,12 +180,14 @@ class Tensors(Mapping):
 
 def stored_files(dir: str | Path) -> list[Path]:
     """The files of the folder's weights: those that would be loaded."""
-    return next(
-        filter(None,
-               (sorted(Path(dir).glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))), [])
+    for kind in ("safetensors", "bin", "pth"):
+        if files := sorted(Path(dir).glob(f"*.{kind}")):
+            return files
+    return []
 
 
 def stored_bytes(dir: str | Path) -> int:
+    """How large the folder's weights are."""
     return sum(file.stat().st_size for file in stored_files(dir))
 
 
@@ -221,48 +221,18 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
     isn't missing. Raises UserError naming tensor and file when something is missing, unknown, twice
     there or of another shape.
     """
-    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False))
-    owners: dict[int, list[str]] = {}              # a tied weight is one tensor under several names
-    for name, tensor in targets.items():
-        owners.setdefault(id(tensor), []).append(name)
-    plan: dict[str, str] = {}                      # name in the module -> public name
-    unknown, misshapen = [], []
-    for public in tensors:
-        if any(fnmatchcase(public, pattern) for pattern in unneeded):
-            continue
-        name, where = rename(public), tensors.file(public).name
-        if name not in targets:
-            unknown.append(f"{public} in {where}")
-            continue
-        first = owners[id(targets[name])][0]
-        if first in plan:
-            raise UserError(
-                f"{tensors.dir}: {public} in {where} and {plan[first]} in {tensors.file(plan[first]).name} "
-                f"are both meant for {first}")
-        plan[first] = public
-        if tensors.shape(public) != tuple(targets[name].shape):
-            misshapen.append(
-                f"{public} in {where} is {tensors.shape(public)}, needed {tuple(targets[name].shape)}"
-            )
-    missing = [
-        names[0] for names in owners.values() if names[0] not in plan and targets[names[0]].is_meta]
-    faults = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
-        if names]
-    if faults:
-        raise UserError(
-            f"{tensors.dir}: these weights don't fit {type(module).__name__}: {'; '.join(faults)}")
-
-    total, seen = sum(map(tensors.nbytes, plan.values())), set()
+    owners = _owners(module)
+    plan = _plan(module, owners, tensors, rename, unneeded)
+    total = sum(map(tensors.nbytes, plan.values()))
+    seen = set()                                             # addresses
     # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
     with tqdm(desc=f"loading {tensors.dir.name}", total=total, unit="B", unit_scale=True,
               file=sys.stderr, disable=None if total >= BIG else True, leave=False) as bar:
         for first, public in plan.items():
-            old, stored = targets[first], tensors[public]
-            new = stored.to(device=device,
-                            dtype=dtype if stored.is_floating_point() else None).contiguous()
+            names, old = owners[first]
+            stored = tensors[public]
+            cast = dtype if stored.is_floating_point() else None
+            new = stored.to(device=device, dtype=cast).contiguous()
             if new.data_ptr() != stored.data_ptr():
                 tensors.drop(public)
             elif new.data_ptr() in seen:         # an old pickle may keep one memory under two names
@@ -270,16 +240,61 @@ def load(module: nn.Module, tensors: Tensors, rename: Callable[[str], str | None
             seen.add(new.data_ptr())
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
-            for name in owners[id(old)]:
+            for name in names:
                 path, _, leaf = name.rpartition(".")
                 setattr(module.get_submodule(path), leaf, new)
             bar.update(stored.nbytes)
     return module
 
 
+def _owners(module: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
+    """A module's tensors, each once, by its first name: (all its names, the tensor). A tied weight
+    is one tensor under several names."""
+    owners, first_names = {}, {}
+    for name, tensor in chain(module.named_parameters(remove_duplicate=False),
+                              module.named_buffers(remove_duplicate=False)):
+        first = first_names.setdefault(id(tensor), name)
+        owners.setdefault(first, ([], tensor))[0].append(name)
+    return owners
+
+
+def _plan(module: nn.Module, owners: dict[str, tuple[list[str], Tensor]], tensors: Tensors,
+          rename: Callable[[str], str | None], unneeded: tuple[str, ...]) -> dict[str, str]:
+    """Which public tensor goes where: first name in the module -> public name. UserError unless
+    everything fits."""
+    first_of = {name: first for first, (names, _) in owners.items() for name in names}
+    plan, unknown, misshapen = {}, [], []
+    for public in tensors:
+        if any(fnmatchcase(public, pattern) for pattern in unneeded):
+            continue
+        where = tensors.file(public).name
+        first = first_of.get(rename(public))
+        if first is None:
+            unknown.append(f"{public} in {where}")
+            continue
+        if first in plan:
+            raise UserError(f"{tensors.dir}: {public} in {where} and {plan[first]} in "
+                            f"{tensors.file(plan[first]).name} are both meant for {first}")
+        plan[first] = public
+        needed = tuple(owners[first][1].shape)
+        if tensors.shape(public) != needed:
+            misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {needed}")
+    missing = [first for first, (_, tensor) in owners.items()
+               if first not in plan and tensor.is_meta]
+    faults = []
+    for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            faults.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
+    if faults:
+        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: "
+                        + "; ".join(faults))
+    return plan
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all. UserError if it can't be written."""
-    def write(tmp):
+    def write(tmp: Path) -> None:
         try:
             save_file(tensors, tmp, metadata=metadata)
         except SafetensorError as e:         # a full disk, for instance
@@ -288,10 +303,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_beside(path, write)
 
 
+def to_save(module: nn.Module, dir: str | Path) -> dict[str, Tensor]:
+    """What is saved of a module, all of its numbers by name: the parameters, a tied one once.
+
+    UserError if numbers are buffers instead: it is packed (fast/packed.py), and `dir` would lack
+    them.
+    """
+    if any(True for _ in module.buffers()):
+        raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
+    return dict(module.named_parameters())
+
+
 def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
          max_shard_bytes: float = 5e9) -> None:
-    """Write the tensors (public names) and config.json to `dir`; in shards, with an index, beyond
-    max_shard_bytes.
+    """Write tensors (by public name) and config.json to a folder; in shards beyond max_shard_bytes.
 
     A tied weight goes in once: safetensors refuses two names for one memory. UserError if it can't
     be written.
@@ -307,19 +332,17 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
             shards.append([])
             room = max_shard_bytes - tensor.nbytes
         shards[-1].append(name)
-    files = [SINGLE] if len(shards) == 1 else \
-            [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(files) > 1:
-        # a kill shall not leave old and new shards that look whole
+    n = len(shards)
+    files = [SINGLE] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    if n > 1:                    # a kill shall not leave old and new shards that look whole
         (dir / INDEX).unlink(missing_ok=True)
     for file, names in zip(files, shards):
         content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
         # transformers wants the format tag; without it, it refuses the file
         write_tensors(dir / file, content, {"format": "pt"})
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-        write_json(dir / INDEX, index)
+    if n > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        table = {name: file for file, names in zip(files, shards) for name in names}
+        write_json(dir / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
     write_json(dir / "config.json", config)
-    # the entry point of an earlier save
-    (dir / (INDEX if len(files) == 1 else SINGLE)).unlink(missing_ok=True)
+    (dir / (INDEX if n == 1 else SINGLE)).unlink(missing_ok=True)        # an earlier save's

@@ -1,0 +1,229 @@
+"""What the processes of `data.py prepare` do: records become rows, and pictures are looked at.
+
+`jobs` cuts the json into pieces, `in_order` has them done and hands the results out in the order of
+the records.
+"""
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+import data
+from clip import open_image
+from core.common import UserError
+from core.records import check, inside, lacks, name
+from core.tokenizer import IGNORE, Tokenizer
+from training.prepared import pack
+
+CHUNK = 256                # records in a job
+# what a picture that isn't there may be called instead
+OTHER_NAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+
+tokenizer_of = cache(Tokenizer.from_pretrained)          # one per process
+
+
+@dataclass
+class Job:
+    """Some consecutive records, and the pictures that are named there for the first time."""
+    llm: Path
+    template: str
+    images: Path | None
+    decode: bool
+    first: int             # number of the first record
+    records: list
+    picture: list[int]     # for each record, the number of its picture, -1 for none
+    paths: list[str]
+
+
+@dataclass
+class Row:
+    """A record, tokenised; or the reason why it is left out, with a message."""
+    name: str
+    source: str
+    reason: str | None = None
+    message: str = ""
+    packed: tuple | None = None
+    learnt: int = 0        # supervised tokens
+
+
+@dataclass
+class Look:
+    """A picture, looked at: where it was found, and what is odd about a file that can be read and
+    isn't what its name says; or the reason why it is of no use, with a message."""
+    path: str
+    odd: str | None = None
+    reason: str | None = None
+    message: str = ""
+
+
+def jobs(records: list, llm: Path, template: str, images: Path | None,
+         decode: bool) -> Iterator[Job]:
+    """The json in pieces. Pictures get their numbers here, in the order of the records."""
+    numbers = {}                                         # path -> number
+    for first in range(0, len(records), CHUNK):
+        piece = records[first:first + CHUNK]
+        picture, paths = [], []
+        for record in piece:
+            path = picture_of(record)
+            if path is not None and path not in numbers:
+                numbers[path] = len(numbers)
+                paths.append(path)
+            picture.append(numbers.get(path, -1))
+        if paths and images is None:
+            raise UserError(f"records have pictures (first: {paths[0]!r}): say where they are "
+                            "(--images DIR)")
+        yield Job(llm, template, images, decode, first, piece, picture, paths)
+
+
+def in_order(todo: Iterator[Job], workers: int) -> Iterator[tuple[Job, tuple]]:
+    """Every job with what `digest` makes of it, in order, from some processes (0: this one). Only a
+    few jobs are under way at any time, so results don't pile up."""
+    if workers == 0:
+        yield from ((job, digest(job)) for job in todo)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=follow, initargs=(os.getpid(),))
+    try:
+        waiting = deque()
+        for job in todo:
+            waiting.append((job, pool.submit(digest, job)))
+            if len(waiting) > 4 * workers:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        yield from ((job, result.result()) for job, result in waiting)
+    except BrokenProcessPool:
+        raise UserError("a reading process was killed (out of memory?); fewer --workers take "
+                        "less") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def follow(parent: int) -> None:
+    """Ctrl-C is the parent's affair. When it is gone, however it ended, this process goes: nobody
+    else would end it."""
+    if multiprocessing.get_start_method() == "forkserver":       # then it is a server's child
+        parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def digest(job: Job) -> tuple[list[Row], list[Look]]:
+    """A job done: a row for each of its records, a look at each of its pictures."""
+    tokenizer = tokenizer_of(job.llm)
+    rows = [read(record, f"record {job.first + i}", job.template, tokenizer)
+            for i, record in enumerate(job.records)]
+    return rows, [look(job.images, path, job.decode) for path in job.paths]
+
+
+# --------------------------------------------------------------------------------------------------
+# A record
+
+def read(record: dict, where: str, template: str, tokenizer: Tokenizer) -> Row:
+    """The record, checked and tokenised as by `data.load`; its picture isn't looked at."""
+    row = Row(name(record, where), source(record))
+    try:
+        turns, picture = check(record, where, template)
+        row.reason = lacks(turns, picture)
+        if row.reason is None:
+            sample = data.write(turns, picture, tokenizer, template)
+            row.packed = pack(sample)
+            row.learnt = len(sample.labels) - sample.labels.count(IGNORE)
+    except UserError as e:
+        row.reason = "not LLaVA's format"
+        row.message = str(e).removeprefix(row.name + ": ")
+    return row
+
+
+def picture_of(record: dict) -> str | None:
+    """The path that a record gives, if it is one."""
+    path = record.get("image") if isinstance(record, dict) else None
+    return path if isinstance(path, str) and path and inside(path) else None
+
+
+def source(record: dict) -> str:
+    """Where a record comes from, as far as its picture's path tells."""
+    path = picture_of(record)
+    if path is None:
+        return "text only"
+    folder, _, rest = os.path.normpath(path).partition("/")
+    if not rest:
+        return "no folder"
+    return "numbered folders" if folder.isdecimal() else folder
+
+
+# --------------------------------------------------------------------------------------------------
+# A picture
+
+def look(root: Path, path: str, decode: bool) -> Look:
+    """Whether a picture is there and can be read.
+
+    Without `decode` that takes 0.1 to 0.2 ms for a JPEG of 640 x 480, and finds one that was cut,
+    but not one that is wrong in the middle; with it 1.0 to 1.3 ms (2.2 ms or more to decode it in
+    full; bench/big.py, one core of an EPYC).
+    Pillow goes by what is in a file, so a GIF called .jpg is no harm. One that is called .gif where
+    the json says .jpg isn't found by that name: OCR-VQA's downloader saves some like this. Both are
+    counted.
+    """
+    there = find(root, path)
+    if there is None:
+        return Look(path, reason="its picture is missing", message=f"no such image: {path!r}")
+    file = root / os.path.normpath(there)
+    try:
+        kind = try_to_open(file, decode)
+    except Exception as e:            # as in open_image, Pillow's decoders raise whatever they like
+        why = " ".join(str(e).removeprefix(f"{file}: ").split()) or type(e).__name__
+        return Look(path, reason="its picture can't be read", message=f"{path!r}: {why}")
+    odd = None
+    if there != path:
+        odd = f"called {file.suffix} instead of {os.path.splitext(path)[1]}"
+    elif kind != Image.registered_extensions().get(file.suffix.lower()):
+        odd = f"{kind} called {file.suffix}"
+    return Look(there, odd)
+
+
+def find(root: Path, path: str) -> str | None:
+    """The path, or the same with another ending, if there is just one such file."""
+    stem, last = os.path.splitext(os.path.normpath(path))
+    if os.path.isfile(root / (stem + last)):
+        return path
+    others = [stem + ending for ending in OTHER_NAMES
+              if ending != last and os.path.isfile(root / (stem + ending))]
+    return others[0] if len(others) == 1 else None
+
+
+def try_to_open(file: Path, decode: bool) -> str:
+    """What kind of picture a file is, in Pillow's words ("JPEG"). Raises anything if it is broken,
+    as far as that can be told without decoding it in full."""
+    with Image.open(file) as image:
+        kind = image.format
+        if kind == "PNG" and not decode:
+            image.verify()                               # reads it all, and compares its checksums
+        elif kind == "JPEG" and (decode or not ends_well(file)):
+            image.draft("RGB", (1, 1))                   # to an eighth of its size: cheaper, and
+            image.load()                                 # all of its bytes are read
+        elif kind not in ("PNG", "JPEG") or decode:
+            open_image(file)
+    return kind
+
+
+def ends_well(file: Path) -> bool:
+    """Whether a JPEG file ends with its end marker, which one that was cut doesn't. (Some whole
+    ones don't either.)"""
+    with open(file, "rb") as f:
+        f.seek(-2, os.SEEK_END)
+        return f.read() == b"\xff\xd9"
