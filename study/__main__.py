@@ -1,53 +1,98 @@
-"""TODO study/__main__.py"""
+"""Does it work? The paper's comparisons again, in the toy world, on two CPU cores.
+
+    python -m study probe          what every layer of the tower knows: can layers matter at all?
+    python -m study towers         the towers that all runs begin with (done: study/towers)
+    python -m study run --pilot    2 fusers x 3 seeds: what difference could be seen?
+    python -m study run            the runs that are not done yet; start it once for each core
+    python -m study off            trained models asked again with parts of CCRA made neutral
+    python -m study table          accuracy by kind, paired differences, claims, a picture
+
+The protocol, and what came out: docs/study.md. The scenes are toy's, pixel for pixel; its eight
+kinds of question are answered from deep layers, so two kinds about the background, which deep
+layers forget, are asked as well. What the tower makes of the scenes is computed once (--out). Every
+finished run is a row of study/results.csv, with a bit for each question, so that all tables come
+from that file; a run that was stopped goes on, and one repeated gives the same row.
+"""
 import argparse
 from pathlib import Path
 
 import torch
 
-from study.findings import show_tables, write_tables
+from core import common
 from study.probes import show_probes
 from study.protocol import LLAMA_STEPS, OUT, QUESTIONS, RESULTS, ROWS, STEPS, SWEEPS, TOWERS
 from study.runs import make_towers, off_all, run_all
-from toy import world as toy
+from study.tables import show_tables, write_tables
+from toy.world import OUT as TOY
+
+PLACES = {
+    "--towers": (TOWERS, "the folder with clip and llama"),
+    "--out": (OUT, "the folder for features and unfinished runs"),
+    "--results": (RESULTS, "the file with a row for every finished run"),
+}
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m study", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=("towers", "probe", "run", "off", "table"))
-    p.add_argument("--towers", type=Path, default=TOWERS,
-                   help="the folder with clip and llama (default: study/towers)")
-    p.add_argument("--source", type=Path, default=toy.OUT,
-                   help="towers: what they come from (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=OUT,
-                   help="for features and unfinished runs (default: %(default)s)")
-    p.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    p.add_argument("--llama-steps", type=int, default=LLAMA_STEPS,
-                   help="towers: default %(default)s")
-    p.add_argument("--n", type=int, default=3000,
-                   help="probe: scenes to learn from; half as many to test with")
-    p.add_argument("--only", nargs="+", choices=[*ROWS, *SWEEPS], metavar="ROW",
-                   help="run: these rows alone")
-    p.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run: these seeds alone")
-    p.add_argument("--pilot", action="store_true",
-                   help="run: ccra and llava with the pilot's seeds")
-    p.add_argument("--again", action="store_true",
-                   help="run: also what has a row, which must come out the same")
-    p.add_argument("--steps", type=int, nargs=2, default=STEPS,
-                   help="run: of stage 1 and 2 (default: %(default)s)")
-    p.add_argument("--questions", type=int, default=QUESTIONS,
-                   help="run: how many (default: %(default)s)")
-    p.add_argument("--base", default="ccra", help="table: the row that others are compared with")
-    p.add_argument(
-        "--into", type=Path, metavar="FILE",
-        help="table: don't print the tables, but replace those of a "
-        "markdown file after its line '## Results' (docs/study.md)")
-    args = p.parse_args(argv)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, *places: str) -> argparse.ArgumentParser:
+        c = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        for flag in places:
+            default, what = PLACES[flag]
+            c.add_argument(flag, type=Path, default=default, help=f"{what} (default: %(default)s)")
+        return c
+
+    c = command("probe", "fit a linear classifier to the patches of every layer, for one question "
+                "after the other, and print how often it is right (minutes)", "--towers")
+    c.add_argument("--n", type=int, default=3000,
+                   help="scenes to learn from, half as many to test with (default: %(default)s)")
+    c = command("towers", "take the toy world's CLIP and let its Llama read about backgrounds "
+                "(minutes; what is there stays)", "--towers", "--out")
+    c.add_argument("--source", type=Path, default=TOY,
+                   help="the folder with the toy world's clip and llama, as `toy/retrain.sh` makes "
+                   "them (default: %(default)s)")
+    c.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="default: %(default)s")
+    c = command("run", "train and ask every row with every seed, unless that is done (ten minutes "
+                "each, on one core; several processes share the runs)", *PLACES)
+    add_choice(c)
+    c = command("off", "ask the trained models that `run` kept again, with parts of CCRA made "
+                "neutral, into off.csv beside --results", *PLACES)
+    c.add_argument("--questions", type=int, default=QUESTIONS, help="default: %(default)s")
+    c.set_defaults(steps=STEPS)
+    c = command("table", "print what the finished runs say, in markdown, and draw it beside "
+                "--results", "--results")
+    c.add_argument("--base", default="ccra", metavar="ROW",
+                   help="the row that others are compared with (default: %(default)s)")
+    c.add_argument("--into", type=Path, metavar="FILE",
+                   help="print nothing: replace the tables of a markdown file after its line "
+                   "'## Results' (docs/study.md)")
+    return p.parse_args(argv)
+
+
+def add_choice(c: argparse.ArgumentParser) -> None:
+    """`run`'s flags: which runs, and how long ones."""
+    rows = [*ROWS, *SWEEPS]
+    c.add_argument("--only", nargs="+", choices=rows, metavar="ROW",
+                   help=f"these rows alone, of: {', '.join(rows)}")
+    c.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these seeds alone")
+    c.add_argument("--pilot", action="store_true", help="ccra and llava with the pilot's seeds")
+    c.add_argument("--again", action="store_true",
+                   help="also what has a row, which must come out the same")
+    c.add_argument("--steps", type=int, nargs=2, default=STEPS, metavar=("STAGE1", "STAGE2"),
+                   help="default: %(default)s; for other numbers give --results of their own")
+    c.add_argument("--questions", type=int, default=QUESTIONS, help="default: %(default)s")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     torch.set_num_threads(1)                   # threads change rounding
-    if args.command == "towers":
-        make_towers(args)
-    elif args.command == "probe":
+    if args.command == "probe":
         show_probes(args.towers / "clip", args.n)
+    elif args.command == "towers":
+        make_towers(args)
     elif args.command == "run":
         run_all(args)
     elif args.command == "off":
@@ -59,4 +104,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)
