@@ -26,15 +26,15 @@ def plot(rows: Rows, base: str) -> Image.Image:
     for i, name in enumerate(found):
         sheet.write((LEFT - 8, TOP + LINE * (i + 0.5)), name, "rm", INK)
     for column, (kind, places) in enumerate(kinds.items()):
-        reach = sorted(abs(mean) + half for mean, half in (cells[kind]
-                                                           for _, cells in found.values()))
+        reach = sorted(abs(mean) + half for _, cells in found.values()
+                       for mean, half in (cells[kind],))
         most = max(1.0, reach[int(0.8 * (len(reach) - 1))])
         middle = LEFT + WIDTH * (column + 1.5 if column else 1)
         sheet.write((middle, 40), kind, "mm", INK)
         sheet.write((middle, 58), f"± {most:.1f}", "mm", INK)
         sheet.line([(middle, TOP), (middle, TOP + LINE * len(found))], RULE)
         side = WIDTH * (1 if column else 2) / 2 - 8
-        for i, (name, (seeds, cells)) in enumerate(found.items()):
+        for i, (name, (_, cells)) in enumerate(found.items()):
             each = paired(rows[name], rows[base])[:, places].mean(1).tolist()
             cell(sheet, middle, side, TOP + LINE * (i + 0.5), most, cells[kind], each)
     return sheet.reduce()

@@ -1,7 +1,7 @@
-"""The losses of a training as a picture, by Pillow alone: a dot for each step, and a line through
-their moving mean.
+"""The losses of a training as a picture: a dot for each step, and a line through their moving mean.
 
-    python curve.py out/toy/stage2          reads log.csv there and draws loss.png beside it, as train.py does itself
+    python -m training.curve out/toy/stage2      reads log.csv there and draws loss.png beside it,
+                                                 as train.py does itself
 """
 import argparse
 import csv
@@ -9,22 +9,25 @@ import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from core.canvas import Axes
 from core.common import UserError, run, write_beside
 
-# pixels; drawn FINE times as large and then reduced, which smooths lines
-WIDTH, HEIGHT, FINE = 900, 480, 2
-LEFT, TOP, RIGHT, BOTTOM = 60, 40, 70, 50  # margins
-GREY, PALE, DOT, LINE = (90, 90, 90), (228, 228, 228), (170, 195, 230), (31, 80, 160)
+WIDTH, HEIGHT = 900, 480                                     # pixels
+LEFT, TOP, RIGHT, BOTTOM = MARGINS = 60, 40, 70, 50
+LETTERS = 13
+BLACK, GREY, PALE = (0, 0, 0), (90, 90, 90), (228, 228, 228)
+DOT, LINE = (170, 195, 230), (31, 80, 160)
 
 
 def smooth(values: Iterable[float], width: float) -> Iterator[float]:
     """The mean of each value and those before it, weighted by exp(-distance / width)."""
+    fade = math.exp(-1 / width)
     total = weight = 0.0
     for value in values:
-        total, weight = (math.exp(-1 / width) * x + more
-                         for x, more in ((total, value), (weight, 1)))
+        total = fade * total + value
+        weight = fade * weight + 1
         yield total / weight
 
 
@@ -39,32 +42,30 @@ def ticks(low: float, high: float, most: int = 10) -> list[float]:
 def plot(rows: list[tuple[int, float]], title: str) -> Image.Image:
     """rows: (step, loss), at least one. What isn't finite is left out; what is above the line's top
     is drawn there."""
-    steps, losses = zip(*[row for row in rows if math.isfinite(row[1])] or [(rows[0][0], 0.0)])
+    rows = [row for row in rows if math.isfinite(row[1])] or [(rows[0][0], 0.0)]
+    steps = [step for step, _ in rows]
+    losses = [loss for _, loss in rows]
     line = list(smooth(losses, max(1, len(steps) / 150)))
     low, high = min(losses), max(line)
     high += 0.05 * (high - low) or 1
-    x = lambda step: FINE * (LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, steps[-1]))
-    y = lambda loss: FINE * (HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (min(loss, high) - low) /
-                             (high - low))
-    image = Image.new("RGB", (FINE * WIDTH, FINE * HEIGHT), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13 * FINE)
-    write = lambda at, text, anchor, fill=GREY: pen.text(at, text, font=font, fill=fill, anchor=
-                                                         anchor)
+    last = max(1, steps[-1])
+    axes = Axes(WIDTH, HEIGHT, MARGINS, (0, last), (low, high))
     for loss in ticks(low, high):
-        pen.line([x(0), y(loss), x(steps[-1]), y(loss)], fill=PALE, width=FINE)
-        write((x(0) - 8 * FINE, y(loss)), f"{loss:.6g}", "rm")
-    for step in ticks(0, max(1, steps[-1])):
-        pen.line([x(step), y(low), x(step), y(low) + 5 * FINE], fill=GREY, width=FINE)
-        write((x(step), y(low) + 8 * FINE), f"{step:.6g}", "mt")
-    pen.line([x(0), y(high), x(0), y(low), x(steps[-1]), y(low)], fill=GREY, width=FINE)
-    for step, loss in zip(steps, losses):
-        pen.ellipse([x(step) - FINE, y(loss) - FINE, x(step) + FINE, y(loss) + FINE], fill=DOT)
-    pen.line([(x(step), y(loss)) for step, loss in zip(steps, line)], fill=LINE, width=2 * FINE,
-             joint="curve")
-    write((x(steps[-1]) + 6 * FINE, y(line[-1])), f"{line[-1]:.4f}", "lm", LINE)
-    write((x(0), FINE * TOP / 2), f"loss of a supervised token: {title}", "lm", (0, 0, 0))
-    write((x(steps[-1]), y(low) + 26 * FINE), "step", "rt")
-    return image.resize((WIDTH, HEIGHT), Image.LANCZOS)
+        axes.line([axes.place(0, loss), axes.place(last, loss)], PALE)
+        axes.label_y(loss, f"{loss:.6g}", GREY, LETTERS)
+    for step in ticks(0, last):
+        x, y = axes.place(step, low)
+        axes.line([(x, y), (x, y + 5)], GREY)
+        axes.label_x(step, f"{step:.6g}", GREY, LETTERS)
+    axes.frame(GREY)
+    for step, loss in rows:
+        axes.dot(axes.place(step, min(loss, high)), 1, DOT)
+    axes.line([axes.place(step, loss) for step, loss in zip(steps, line)], LINE, 2)
+    x, y = axes.place(steps[-1], line[-1])
+    axes.write((x + 6, y), f"{line[-1]:.4f}", "lm", LINE, LETTERS)
+    axes.write((LEFT, TOP / 2), f"loss of a supervised token: {title}", "lm", BLACK, LETTERS)
+    axes.write((axes.right, axes.bottom + 26), "step", "rt", GREY, LETTERS)
+    return axes.reduce()
 
 
 def draw(folder: Path) -> None:
@@ -76,15 +77,15 @@ def draw(folder: Path) -> None:
         try:
             rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path}: not a log.csv that train.py wrote, or its last line is cut off") from None
+            raise UserError(f"{path}: not a log.csv that train.py wrote, or its last line is cut "
+                            "off") from None
     if not rows:
         raise UserError(f"{path}: no step is logged there yet")
     image = plot(rows, str(folder))
     write_beside(folder / "loss.png", lambda tmp: image.save(tmp, format="PNG"))
 
 
-def main():
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path, help="what train.py wrote")

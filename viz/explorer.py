@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from core.canvas import COLOURS, HEAT
-from viz.figures import blocks
+from core.canvas import COLOURS
+from viz.figures import HEAT, blocks
 from viz.maps import Sight
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
