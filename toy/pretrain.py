@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import fast
 from core.common import write_beside
 from core.device import autocast_dtype
-from fast.memory import keep_memory
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,8 @@ def pretrain(name: str, model: nn.Module,
     opts = optimizers(model, lr)
     start = resume(out / f"{name}.ckpt", model, opts)
     log = start_log(out / f"{name}.csv", start)
-    keep_memory(CPU)
+    fast.prepare(model)
+    fast.keep_memory(CPU)
     began = time.perf_counter()
     for step in range(start, steps):
         rate = min(1, (step + 1) / 50, (steps - step) / (steps / 4))
