@@ -5,22 +5,24 @@ hidden states. The text tower is here because the toy world trains a CLIP of its
 against captions); a vision-language model has no use for it. The arithmetic is OpenAI's CLIP, the
 tensor names in files are those of Hugging Face's transformers.
 
-Top to bottom: attention (Llama's too), pictures -> pixels, the transformer block, image tower, text
-tower, CLIP.
+Top to bottom: attention (Llama's too), pictures -> pixels, the transformer block, configurations,
+image tower, text tower, CLIP.
 """
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from core import weights
 from core.common import UserError
 from core.layouts import Folder, tower_name
-from fast.linear import SLOW, Linear
 
 # else a GPU rounds what `patch_embedding` multiplies, in float32, too
 torch.backends.cudnn.allow_tf32 = False
@@ -28,68 +30,27 @@ torch.backends.cudnn.allow_tf32 = False
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-# A CPU that multiplies bfloat16 in hardware is so fast at it that attention written out takes half
-# of the time in training, and a third for a long prompt, of the fused kernel, which hardly profits.
-# Elsewhere the fused kernel wins (50 ms against 74), as on any GPU. (A new token, one query for all
-# that came before, is llama.KVCache's affair.)
-WRITE_OUT = {torch.bfloat16} - SLOW
-# of a long prompt at a time: what comes before the last of them is all that they look at
-QUERIES = 256
-
-
-def attention(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(hd)) v: the one attention of the project, and the one place that picks
-    an implementation.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(hd)) v: the one attention of the project.
 
     q (B, H, Tq, hd); k, v (B, H, Tk, hd). mask bool, True = may look, broadcastable to (B, 1, Tq,
     Tk). causal: position t looks at 0..t (Tq == Tk); with a mask, both hold. Returns (B, H, Tq,
     hd). A row that may look nowhere gives zeros.
     """
-    if causal and mask is not None:
-        mask, causal = mask & _lower_triangle(q, k), False
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    on_cpu = q.device.type == "cpu"
-    if on_cpu and q.dtype in SLOW and not trains:              # as in linear.py, all keys converted
-        return _fused(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-    long = causal and q.shape[-2] > QUERIES
-    if not on_cpu or q.dtype not in WRITE_OUT or not (trains or long):
-        return _fused(q, k, v, mask, causal)
-    if trains:
-        return _written_out(q, k, v, mask, causal)
-    ends = [min(at + QUERIES, q.shape[-2]) for at in range(0, q.shape[-2], QUERIES)]
-    return torch.cat([_written_out(part, k[:, :, :end], v[:, :, :end], None, True)
-                      for part, end in zip(q.split(QUERIES, dim=2), ends)], dim=2)
-
-
-def _fused(q, k, v, mask, causal):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if causal:
+        mask = mask & lower_triangle(q, k)
     # Kernels differ in what they make of an empty row (0/0): let it look everywhere, then zero what
     # it saw.
-    empty = ~mask.any(-1, keepdim=True)                        # (B, 1, Tq, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty).masked_fill(empty, 0)
+    empty = ~mask.any(-1, keepdim=True)                                     # (B, 1, Tq, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty)     # (B, H, Tq, hd)
+    return y.masked_fill(empty, 0)
 
 
-def _written_out(q, k, v, mask, causal):
-    if causal:
-        mask = _lower_triangle(q, k)
-    q = q * q.shape[-1] ** -0.5
-    scores = q @ k.mT                                          # (B, H, Tq, Tk)
-    # the lowest finite number, not -inf: an empty row stays finite. It is added, since that
-    if mask is not None:
-        # needs no backward: half the time
-        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
-        scores = scores + hidden.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    # In float32, for the sake of the backward; without one that is where the kernel computes
-    # anyway.
-    wide = torch.promote_types(scores.dtype, torch.float32) if scores.requires_grad else None
-    shares = scores.softmax(-1, dtype=wide)
-    y = shares.to(v.dtype) @ v                                                   # (B, H, Tq, hd)
-    return y if mask is None else y.masked_fill(~mask.any(-1, keepdim=True), 0)
-
-
-def _lower_triangle(q, k):
-    """(Tq, Tk): the queries are the last Tq positions."""
+def lower_triangle(q: Tensor, k: Tensor) -> Tensor:
+    """Who may look at whom, (Tq, Tk) bool: the queries are the last Tq positions."""
     Tq, Tk = q.shape[-2], k.shape[-2]
     return torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
 
@@ -102,7 +63,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 2 ** 29                         # a sliver of 1 x 65535 pixels would be padded to 13 GB
 
 
-def open_image(path):
+def open_image(path: str | Path) -> Image.Image:
     """A picture file as a PIL image in RGB. A rotation tag (EXIF) is ignored, as LLaVA ignores it.
 
     UserError naming the path when it is missing, not a picture, cut short, absurdly large or
@@ -122,23 +83,25 @@ def open_image(path):
     return image
 
 
-def expand_to_square(image):
+def expand_to_square(image: Image.Image) -> Image.Image:
     """LLaVA's padding: the RGB picture centred on a square of CLIP's mean colour, so that nothing
     is cropped away."""
     side = max(image.size)
     _check_room(image, side, side)
-    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN))  # (122, 116, 104)
+    colour = tuple(int(255 * m) for m in MEAN)                              # (122, 116, 104)
+    square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-def preprocess(image, size, pad):
+def preprocess(image: Image.Image, size: int, pad: bool) -> Tensor:
     """PIL image -> (3, size, size) float32, exactly as CLIP's own processor does it (bicubic, with
     Pillow).
 
     The shorter side becomes `size`, the middle is cut out, RGB values are normalised. pad=True
     first makes the picture square by padding (LLaVA, stage 2 and inference); pad=False crops the
-    ends of the longer side (stage 1).
+    ends of the longer side (stage 1). UserError for a picture without pixels, or one so narrow that
+    making it square would fill the memory.
     """
     if 0 in image.size:
         raise UserError(f"an image of {image.width} x {image.height} has no pixels")
@@ -146,14 +109,14 @@ def preprocess(image, size, pad):
     if pad:
         image = expand_to_square(image)
     short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)  # cut off, not rounded
+    width, height = (int(size * side / short) for side in image.size)       # cut off, not rounded
     _check_room(image, width, height)
     # (Resizing only the box that is kept would be faster, but Pillow rounds a box to float32: other
     # pixels come out.)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255           # (3, size, size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255       # (3, size, size)
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -168,61 +131,73 @@ def _check_room(image, width, height):
 # The transformer block of both towers
 
 class SelfAttention(nn.Module):
-    def __init__(self, width, heads):
+    """Every position looks at all others; causal: at those before it."""
+    attend: Callable = staticmethod(attention)
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width)
-                                                                for _ in range(4))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal):                                               # (B, T, d)
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        """(B, T, d) -> (B, T, d)"""
         B, T, d = x.shape
         q, k, v = (proj(x).view(B, T, self.heads, d // self.heads).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # each (B, H, T, d / H)
-        return self.out_proj(attention(q, k, v, causal=causal).transpose(1, 2).reshape(B, T, d))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))     # each (B, H, T, d / H)
+        y = self.attend(q, k, v, causal=causal)                             # (B, H, T, d / H)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
 class MLP(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.fc1, self.fc2 = Linear(width, inner), Linear(inner, width)
+    """fc2(QuickGELU(fc1(x))). The exact GELU is off by up to 0.02 each time."""
 
-    def forward(self, x):
-        x = self.fc1(x)
-        # QuickGELU; the exact GELU is off by up to 0.02 each time
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)"""
+        x = self.fc1(x)                                                     # (B, T, inner)
         return self.fc2(x * torch.sigmoid(1.702 * x))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config: "CLIPVisionConfig | CLIPTextConfig"):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, causal=False):                                          # (B, T, d)
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(B, T, d) -> (B, T, d)"""
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 
 
-def init_weights(tower):
+def init_weights(tower: "CLIPVision | CLIPText") -> None:
     """For training from scratch, CLIP's own: embeddings at std 0.02, matrices by width, those which
     write into the residual stream smaller by sqrt(2 L), biases 0. (0.02 for all, GPT-2's way, needs
     ~5x the steps at width 48.)"""
     d, depth = tower.config.hidden_size, 2 * len(tower.layers)
+    stds = {"out_proj": (d * depth) ** -0.5, "fc1": (2 * d) ** -0.5, "fc2": (d * depth) ** -0.5}
     for name, parameter in tower.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
         elif "norm" not in name:                    # norms stay at torch's (1, 0)
-            std = {"out_proj": (d * depth)**-0.5, "fc1": (2 * d)**-0.5, "fc2": (d * depth)**-0.5}
             kind = name.removesuffix(".weight").split(".")[-1]
-            nn.init.normal_(parameter, std=0.02 if "embedding" in kind else std.get(kind, d**-0.5))
+            std = 0.02 if "embedding" in kind else stds.get(kind, d ** -0.5)
+            nn.init.normal_(parameter, std=std)
 
 
 # --------------------------------------------------------------------------------------------------
-# Configs and names: the public layout and ours
+# Configurations and names: the public layout and ours
 
 # What the arithmetic here takes for granted; a config that says otherwise would load and be quietly
 # wrong.
@@ -240,14 +215,13 @@ def _read(cls, given, defaults):
                 f"CLIP config: {key} = {given[key]!r} is not implemented (only {value!r} is)")
     fields = {key: given.get(key, default) for key, default in defaults.items()}
     for key, value in fields.items():
-        if type(value) not in (int, type(
-                defaults[key])) or value < 0 or (value == 0 and key != "eos_token_id"):
-            raise UserError(
-                f"CLIP config: {key} = {value!r} is not a positive {type(defaults[key]).__name__}")
-    if fields["hidden_size"] % fields["num_attention_heads"]:
-        raise UserError(
-            f"CLIP config: num_attention_heads = {fields['num_attention_heads']} doesn't divide "
-            f"hidden_size = {fields['hidden_size']}")
+        kind = type(defaults[key])
+        if type(value) not in (int, kind) or value < 0 or (value == 0 and key != "eos_token_id"):
+            raise UserError(f"CLIP config: {key} = {value!r} is not a positive {kind.__name__}")
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"CLIP config: num_attention_heads = {heads} doesn't divide "
+                        f"hidden_size = {width}")
     return cls(**fields)
 
 
@@ -264,13 +238,12 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_dict(cls, config):
+    def from_dict(cls, config: dict) -> "CLIPVisionConfig":
         """From a public vision_config or ours. What it leaves out is as in transformers, whose
-        default is ViT-B/32."""
-        return _read(
-            cls, config,
-            dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
-                 num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5))
+        default is ViT-B/32. UserError for what this file doesn't implement."""
+        return _read(cls, config, dict(
+            image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
+            num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5))
 
 
 @dataclass
@@ -287,7 +260,8 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     @classmethod
-    def from_dict(cls, config):
+    def from_dict(cls, config: dict) -> "CLIPTextConfig":
+        """From a public text_config. UserError for what this file doesn't implement."""
         return _read(cls, config, asdict(cls()))
 
 
@@ -303,54 +277,55 @@ class CLIPVision(nn.Module):
     """CLIP's image tower: a ViT with a class token (CLS), pre-norm blocks and one more norm before
     the first block."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPVisionConfig):
         super().__init__()
-        d, self.config = config.hidden_size, config
-        self.grid = config.image_size // config.patch_size                # patches along one side
+        d, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.grid = config.image_size // patch                              # patches along one side
         self.class_embedding = nn.Parameter(torch.empty(d))
-        self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size,
-                                         bias=False)
+        self.patch_embedding = nn.Conv2d(3, d, patch, stride=patch, bias=False)
         self.position_embedding = nn.Parameter(torch.empty(1 + self.grid ** 2, d))
         # the public name, typo included
         self.pre_layrnorm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(d, eps=config.layer_norm_eps)  # only `pooled` uses it
+        self.post_layernorm = nn.LayerNorm(d, eps=config.layer_norm_eps)    # only `pooled` uses it
         init_weights(self)
 
-    def states(self, pixels, n_layers=None):
-        """The list which `forward` stacks; for whoever needs only its end and would pay for the
-        copy."""
+    def states(self, pixels: Tensor, n_layers: int | None = None) -> list[Tensor]:
+        """The list that `forward` stacks, n_layers + 1 times (B, 1 + N, d); for whoever needs only
+        its end and would pay for the copy."""
         size, L = self.config.image_size, len(self.layers)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise UserError(
                 f"pixels are {tuple(pixels.shape)}, but this tower takes (B, 3, {size}, {size})")
         if n_layers is not None and not 0 <= n_layers <= L:
             raise UserError(f"{n_layers} layers were asked for, but this tower has {L}")
-        patches = self.patch_embedding(pixels.to(
-            self.patch_embedding.weight.dtype))  # (B, d, grid, grid)
-        patches = patches.flatten(2).transpose(1, 2)                         # (B, N, d), row by row
-        cls = self.class_embedding.expand(len(pixels), 1, -1)                # (B, 1, d)
-        x = torch.cat([cls, patches], dim=1) + self.position_embedding       # (B, 1 + N, d)
+        pixels = pixels.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixels)                              # (B, d, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)                        # (B, N, d), row by row
+        cls = self.class_embedding.expand(len(pixels), 1, -1)               # (B, 1, d)
+        x = torch.cat([cls, patches], dim=1) + self.position_embedding      # (B, 1 + N, d)
         hidden = [self.pre_layrnorm(x)]
         for block in self.layers[:n_layers]:
             hidden.append(block(hidden[-1]))
         return hidden
 
-    def forward(self, pixels, n_layers=None):
+    def forward(self, pixels: Tensor, n_layers: int | None = None) -> Tensor:
         """pixels (B, 3, size, size) -> hidden (L + 1, B, 1 + N, d), numbered as in transformers:
         hidden[0] goes into the first block, hidden[l] comes out of block l, CLS first, no final
-        norm. n_layers: stop after that many."""
+        norm. n_layers: stop after that many. UserError for pixels of another shape."""
         return torch.stack(self.states(pixels, n_layers))
 
-    def pooled(self, hidden):
+    def pooled(self, hidden: Tensor | list[Tensor]) -> Tensor:
         """hidden (L + 1, B, 1 + N, d) -> (B, d): CLS after the last block, normed; what CLIP
         compares with texts."""
         return self.post_layernorm(hidden[-1][:, 0])
 
     @classmethod
-    def from_pretrained(cls, dir, dtype=None, device=None):
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None,
+                        device: str | torch.device | None = None) -> "CLIPVision":
         """The image tower out of any folder that holds one: a public CLIPVisionModel or CLIPModel,
-        llava-hf's, ours."""
+        llava-hf's, ours. dtype None: as stored. UserError for anything that doesn't fit exactly."""
         folder = Folder(dir)
         with weights.skeleton():
             tower = cls(CLIPVisionConfig.from_dict(folder.part("vision")))
@@ -361,7 +336,7 @@ class CLIPText(nn.Module):
     """CLIP's text tower: causal, learned positions, and one state per text: that of its end-of-text
     token."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
         d, self.config = config.hidden_size, config
         self.token_embedding = nn.Embedding(config.vocab_size, d)
@@ -370,34 +345,37 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         init_weights(self)
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T), padded on the right -> states (B, T, d) after the final norm. Causal: padding
-        needs no mask."""
-        if ids.shape[1] > len(self.position_embedding):
-            raise UserError(
-                f"a text of {ids.shape[1]} tokens, but there are {len(self.position_embedding)} positions"
-            )
-        x = self.token_embedding(ids) + self.position_embedding[:ids.shape[1]]  # (B, T, d)
+        needs no mask. UserError for a text that is longer than the positions learned."""
+        T, room = ids.shape[1], len(self.position_embedding)
+        if T > room:
+            raise UserError(f"a text of {T} tokens, but there are {room} positions")
+        x = self.token_embedding(ids) + self.position_embedding[:T]         # (B, T, d)
         for block in self.layers:
             x = block(x, causal=True)
         return self.final_layer_norm(x)
 
-    def pooled(self, hidden, ids):
-        """hidden (B, T, d), ids (B, T) -> (B, d): the state at the first end-of-text token."""
+    def pooled(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """hidden (B, T, d), ids (B, T) -> (B, d): the state at the first end-of-text token.
+        UserError for a text without one."""
         # OpenAI's config files say eos_token_id = 2, which is wrong but public; there end-of-text
         # is the highest id.
-        eos = ids if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int()
-        if eos is not ids and not eos.any(-1).all():
-            raise UserError(f"a text without its end-of-text token {self.config.eos_token_id}")
-        return hidden[torch.arange(len(ids), device=ids.device), eos.argmax(-1)]
+        if self.config.eos_token_id == 2:
+            at = ids.argmax(-1)                                             # (B)
+        else:
+            ends = ids == self.config.eos_token_id                          # (B, T)
+            if not ends.any(-1).all():
+                raise UserError(f"a text without its end-of-text token {self.config.eos_token_id}")
+            at = ends.int().argmax(-1)
+        return hidden[torch.arange(len(ids), device=ids.device), at]
 
 
 class CLIP(nn.Module):
     """Both towers, projected into one space where a picture lies near the text that describes it.
     """
 
-    def __init__(self, vision, text, projection_dim=512):
-        """vision: CLIPVisionConfig, text: CLIPTextConfig."""
+    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int = 512):
         super().__init__()
         self.vision, self.text = CLIPVision(vision), CLIPText(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
@@ -407,32 +385,33 @@ class CLIP(nn.Module):
         # log of the inverse temperature
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def encode_image(self, pixels):
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, projection_dim), not normalised."""
         return self.visual_projection(self.vision.pooled(self.vision.states(pixels)))
 
-    def encode_text(self, ids):
+    def encode_text(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, projection_dim), not normalised."""
         return self.text_projection(self.text.pooled(self.text(ids), ids))
 
-    def forward(self, pixels, ids):
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Pictures (B, 3, size, size), texts (C, T) -> logits_per_image (B, C): exp(logit_scale)
         times the cosines."""
-        image = F.normalize(self.encode_image(pixels), dim=-1)  # (B, projection_dim)
-        text = F.normalize(self.encode_text(ids), dim=-1)  # (C, projection_dim)
+        image = F.normalize(self.encode_image(pixels), dim=-1)              # (B, projection_dim)
+        text = F.normalize(self.encode_text(ids), dim=-1)                   # (C, projection_dim)
         return self.logit_scale.exp() * image @ text.T
 
     def _public_names(self):
         """{public name: own name}"""
         names = {f"{tower}_model.{public}": f"{tower}.{name}" for tower in ("vision", "text")
                  for public, name in _from_public(getattr(self, tower)).items()}
-        return names | {
-            name: name
-            for name in ("visual_projection.weight", "text_projection.weight", "logit_scale")}
+        same = ("visual_projection.weight", "text_projection.weight", "logit_scale")
+        return names | {name: name for name in same}
 
     @classmethod
-    def from_pretrained(cls, dir, dtype=None, device=None):
-        """From a public CLIPModel folder."""
+    def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = None,
+                        device: str | torch.device | None = None) -> "CLIP":
+        """From a public CLIPModel folder. dtype None: as stored. UserError for anything that
+        doesn't fit exactly."""
         folder = Folder(dir)
         with weights.skeleton():
             model = cls(CLIPVisionConfig.from_dict(folder.part("vision")),
@@ -440,23 +419,19 @@ class CLIP(nn.Module):
                         folder.config.get("projection_dim", 512))
         return folder.fill(model, dtype=dtype, device=device)
 
-    def save_pretrained(self, dir):
-        """Writes a public CLIPModel folder, which transformers and the two from_pretrained here
+    def save_pretrained(self, dir: str | Path) -> None:
+        """Write a public CLIPModel folder, which transformers and the two from_pretrained here
         read."""
         width = self.visual_projection.out_features
         own = dict(self.named_parameters())
-        config = {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            "projection_dim": width,
-            "vision_config": {
-                "model_type": "clip_vision_model", **asdict(self.vision.config),
-                **FIXED, "projection_dim": width},
-            # transformers' defaults for bos and pad may lie outside a small vocabulary; the
-            # tower uses neither
-            "text_config": {
-                "model_type": "clip_text_model",
-                **asdict(self.text.config), "projection_dim": width,
-                "hidden_act": FIXED["hidden_act"], "bos_token_id": None, "pad_token_id": None}}
-        weights.save(dir, {public: own[name] for public, name in self._public_names().items()},
-                     config)
+        vision = {"model_type": "clip_vision_model", **asdict(self.vision.config), **FIXED,
+                  "projection_dim": width}
+        # transformers' defaults for bos and pad may lie outside a small vocabulary; the tower uses
+        # neither
+        text = {"model_type": "clip_text_model", **asdict(self.text.config),
+                "projection_dim": width, "hidden_act": FIXED["hidden_act"],
+                "bos_token_id": None, "pad_token_id": None}
+        config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width,
+                  "vision_config": vision, "text_config": text}
+        tensors = {public: own[name] for public, name in self._public_names().items()}
+        weights.save(dir, tensors, config)

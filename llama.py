@@ -1,5 +1,4 @@
-"""The language model: Llama 1, 2 and 3 (so Vicuna and SmolLM2 as well), and the two kinds of
-tokenizer they come with.
+"""The language model: Llama 1, 2 and 3, so Vicuna and SmolLM2 as well.
 
 A decoder is a stack of equal blocks. Each reads the running sum x of its predecessors through a
 norm, and adds to it:
@@ -9,32 +8,38 @@ norm, and adds to it:
 
 Positions enter only inside the attention: queries and keys are turned by an angle proportional to
 their position (RoPE), so that their products depend on distances. `Llama` knows tensors, never text
-or pictures; a picture arrives as rows of `embeds`. The tokenizers, at the end, know text and
-nothing else.
+or pictures; a picture arrives as rows of `embeds`. Text becomes tokens in core/tokenizer.py.
+
+Top to bottom: configuration, norm, positions, the cache of keys and values, attention, MLP, block,
+the model, how it generates.
 """
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clip import attention
+from core import weights
 from core.common import UserError
 from core.layouts import Folder
-from core.weights import save, skeleton
-from fast.graph import AFTER, Replay
-from fast.linear import HALF, Linear
-from fast.memory import fetch, holds, keep_memory
-from fast.packed import SUMS, Columns, Int8, replace, sums
+from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer  # noqa: F401 (llama.Tokenizer is public)
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
+LOSS_ROWS = 4096       # supervised positions whose logits exist at once
+
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")
+# What the arithmetic here takes for granted: the first is what the key has to say, others mean it
+FIXED = {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
+         "mlp_bias": (False, None), "quantization_config": (None,)}
 
 
 @dataclass
@@ -46,8 +51,7 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    # fewer than heads: grouped-query attention. None: as many
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = None  # fewer: grouped-query attention. None: as many as heads
     head_dim: int | None = None             # None: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -58,32 +62,29 @@ class LlamaConfig:
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"{self.num_attention_heads} attention heads can't evenly share {self.num_key_value_heads} "
-                "key/value heads")
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        if heads % self.num_key_value_heads:
+            raise UserError(f"{heads} attention heads can't evenly share "
+                            f"{self.num_key_value_heads} key/value heads")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd, and RoPE turns pairs")
-        scaling = self.rope_scaling or {"rope_type": "llama3", **dict.fromkeys(LLAMA3_ROPE, 1)}
-        if scaling.get("rope_type") != "llama3":
-            raise UserError(
-                f"rope_type {scaling.get('rope_type')!r} is not implemented, only 'llama3' is")
-        for key in LLAMA3_ROPE:
-            if type(scaling.get(key)) not in (int, float) or scaling[key] <= 0:
-                raise UserError(
-                    f"rope_scaling: {key} should be a positive number, not {scaling.get(key)!r}")
+        if scaling := self.rope_scaling:
+            kind = scaling.get("rope_type")
+            if kind != "llama3":
+                raise UserError(f"rope_type {kind!r} is not implemented, only 'llama3' is")
+            for key in LLAMA3_ROPE:
+                value = scaling.get(key)
+                if type(value) not in (int, float) or value <= 0:
+                    raise UserError(
+                        f"rope_scaling: {key} should be a positive number, not {value!r}")
 
     @classmethod
     def from_dict(cls, d: dict, where: str = "config.json") -> "LlamaConfig":
         """From a public config.json (`where`). What this file doesn't implement is a UserError,
         never ignored."""
-        only = {
-            "model_type": ("llama",
-                           ), "hidden_act": ("silu", None), "attention_bias": (False, None),
-            "mlp_bias": (False, None), "quantization_config": (None, )}
-        for key, fine in only.items():
+        for key, fine in FIXED.items():
             if d.get(key) not in fine:
                 raise UserError(
                     f"{where}: {key} is {d.get(key)!r}; the language model needs {fine[0]!r} here")
@@ -95,8 +96,7 @@ class LlamaConfig:
         kind = rope.get("rope_type", rope.get("type", "default"))
         scaling = {"rope_type": kind, **{key: rope.get(key) for key in LLAMA3_ROPE}}
         fields["rope_scaling"] = None if kind == "default" else scaling
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                    "num_attention_heads"):
+        for key in SIZES:
             if not isinstance(fields.get(key), int) or fields[key] < 1:
                 raise UserError(
                     f"{where}: {key} should be a positive whole number, not {fields.get(key)!r}")
@@ -112,8 +112,7 @@ class LlamaConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# The decoder
-
+# Norm and positions
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. As in Llama 2: the quotient in float32, cast back, and only then times
@@ -121,19 +120,16 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
-            # One row, when a token is decoded: fewer operations, which take longer to start than to
-            # compute.
-            row = x.view(-1).to(torch.promote_types(x.dtype, torch.float32))
-            return x * (torch.dot(row, row).item() / len(row) + self.eps) ** -0.5 * self.weight
+        """(..., D) -> (..., D)"""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-def frequencies(config: LlamaConfig, device) -> Tensor:
+def frequencies(config: LlamaConfig, device: str | torch.device) -> Tensor:
     """(hd/2,) float32: theta^(-2j/hd), the angle by which pair j turns from one position to the
     next.
 
@@ -142,8 +138,8 @@ def frequencies(config: LlamaConfig, device) -> Tensor:
     than high_freq_factor times not at all, and those between in proportion. (The factor is 8 for
     3.1 and 32 for 3.2: it comes from the config.)
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=device,
-                            dtype=torch.float32) / config.head_dim
+    hd = config.head_dim
+    exponent = torch.arange(0, hd, 2, device=device, dtype=torch.float32) / hd
     inv_freq = 1.0 / config.rope_theta ** exponent                  # (hd/2,)
     if config.rope_scaling is None:
         return inv_freq
@@ -154,14 +150,14 @@ def frequencies(config: LlamaConfig, device) -> Tensor:
 
 
 def rope(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, cos) and (-sin, sin), both (B, 1, T, hd) float32: `rotate` by the angles position *
-    frequency.
+    """positions (B, T) -> (cos, cos) and (-sin, sin), both (B, 1, T, hd) float32: `rotate` by the
+    angles position * frequency.
 
     Always float32, and never a buffer of a module: model.to(bfloat16) would cast it, and in
     bfloat16 the angles of position 4000 are wrong by whole turns.
     """
-    angles = positions[:, None, :, None].float() * frequencies(config,
-                                                               positions.device)  # (B, 1, T, hd/2)
+    turns = frequencies(config, positions.device)                   # (hd/2,)
+    angles = positions[:, None, :, None].float() * turns            # (B, 1, T, hd/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -177,8 +173,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
-MANY = 2 ** 19        # numbers of a layer's keys from which on `attend` is worth its six operations
-
+# --------------------------------------------------------------------------------------------------
+# The decoder
 
 class KVCache:
     """Keys and values of all positions so far, for every layer, so that a new token costs one
@@ -187,102 +183,68 @@ class KVCache:
     Allocated once for `length` positions: growing it by concatenation would copy all of it for
     every token. `.length` is the number of positions filled; Llama.hidden appends. For decoding
     without gradients.
-
-    turned: keys are kept with positions last, and `attend` is to be used for one new position. On
-    CPUs, with much in half precision: there it takes half of the time of `attention` or less.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int,
-                 dtype: torch.dtype = torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length,
-                 config.head_dim)
-        # L x (B, n_kv, length, hd)
+                 dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+        L, n_kv, hd = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        shape = (L, batch, n_kv, length, hd)
+        self.keys = torch.empty(shape, dtype=dtype, device=device).unbind()     # L x (B, n_kv, ...)
         self.values = torch.empty(shape, dtype=dtype, device=device).unbind()
-        many, on_cpu = self.values[0].numel() > MANY, torch.device(device).type == "cpu"
-        self.turned = SUMS and on_cpu and dtype in HALF and many
-        order = (0, 1, 2, 4, 3) if self.turned else (0, 1, 2, 3, 4)  # as they lie in memory
-        keys = torch.empty([shape[i] for i in order], dtype=dtype, device=device).permute(order)
-        self.keys = keys.unbind()  # L x (B, n_kv, length, hd)
-        self.room, self.length = length, 0
+        self.room = length
+        self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, n_kv, T, hd) of one layer; all of its keys and values so far, (B, n_kv,
-        length + T, hd)."""
-        end = self.length + k.shape[2]
+        length + T, hd). UserError if there is no room for them."""
+        start, end = self.length, self.length + k.shape[2]
         if end > self.room:
-            raise UserError(
-                f"the key/value cache has room for {self.room} positions, not for {end}; make it longer"
-            )
+            raise UserError(f"the key/value cache has room for {self.room} positions, not for "
+                            f"{end}; make it longer")
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(2, self.length, k.shape[2]).copy_(k)
-        values.narrow(2, self.length, v.shape[2]).copy_(v)
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
-
-    def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
-        """What `attention` gives for one new position's q (B, H, 1, hd), by `sums` over a layer's
-        keys and values.
-
-        mask (B, 1, 1, length + 1) or None. q k^T is the sum of a head's hd lines of keys, each a
-        number for every position, weighted with q; what comes of it the sum of values, each
-        weighted with a position's share.
-        """
-        B, H, _, hd = q.shape
-        # (B n_kv, hd or room, ..)
-        keys, values = self.keys[layer].mT.flatten(0, 1), self.values[layer].flatten(0, 1)
-        q = (q * hd ** -0.5).view(len(keys), -1, hd)  # (B n_kv, group, hd)
-        scores = sums(keys, q)[..., :self.length + 1].view(B, H, -1)  # (B, H, length + 1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, 0], torch.finfo(scores.dtype).min)
-        return sums(values, scores.softmax(-1).view(*q.shape[:2], -1)).view(B, H, 1, hd)
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Attention(nn.Module):
     """Causal self-attention. Each key/value head serves n_heads / n_kv consecutive query heads (all
     equal: Llama 1)."""
+    attend: Callable = staticmethod(attention)
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.n_heads, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = Linear(config.hidden_size, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.v_proj = Linear(config.hidden_size, self.n_kv * self.head_dim, bias=False)
-        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
-        self.qkv_proj = None  # all three in one: `Llama.pack`
+        D, hd = config.hidden_size, config.head_dim
+        self.n_heads = config.num_attention_heads
+        self.n_kv = config.num_key_value_heads
+        self.head_dim = hd
+        self.q_proj = nn.Linear(D, self.n_heads * hd, bias=False)
+        self.k_proj = nn.Linear(D, self.n_kv * hd, bias=False)
+        self.v_proj = nn.Linear(D, self.n_kv * hd, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * hd, D, bias=False)
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q (B, H, T, hd), k and v (B, n_kv, T, hd); q and k turned to their
         positions."""
         B, T, _ = x.shape
-        if self.qkv_proj is None:
-            q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-                       for proj in (self.q_proj, self.k_proj, self.v_proj))
-            return rotate(q, cos, sin), rotate(k, cos, sin), v
-        # (B, H + 2 n_kv, T, hd)
-        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        turned = rotate(heads.narrow(1, 0, self.n_heads + self.n_kv), cos, sin)
-        return *turned.split(
-            (self.n_heads, self.n_kv), dim=1), heads.narrow(1, self.n_heads + self.n_kv, self.n_kv)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
                 cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, T, D) -> (B, T, D). cos, sin: of `rope`; mask, causal: of `attention`; cache: where
+        this layer's keys and values go, and those of earlier positions are."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                     # (B, n_kv, Tk, hd)
-            if T == 1 and cache.turned:
-                return self.o_proj(cache.attend(layer, q, mask).view(B, 1, -1))  # (B, 1, D)
+            k, v = cache.append(layer, k, v)                            # (B, n_kv, Tk, hd)
         group = self.n_heads // self.n_kv
-        # one query a head: those of a group become rows of one product, so the cache needs no
-        # copies
-        if T == 1:
-            q = q.view(B, self.n_kv, group, self.head_dim)
-        elif group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group,
-                                                                          dim=1)  # (B, H, Tk, hd)
-        y = attention(q, k, v, mask=mask, causal=causal)                             # (B, H, T, hd)
-        return self.o_proj(
-            y.reshape(B, self.n_heads, T, self.head_dim).transpose(1, 2).reshape(B, T,
-                                                                                 -1))  # (B, T, D)
+        if group > 1:
+            k = k.repeat_interleave(group, dim=1)                       # (B, H, Tk, hd)
+            v = v.repeat_interleave(group, dim=1)
+        y = self.attend(q, k, v, mask=mask, causal=causal)              # (B, H, T, hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -290,20 +252,19 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.gate_up_proj = None                                         # both in one: `Llama.pack`
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)                # (B, T, inner) both
-        else:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)                         # (B, T, D)
+        """(B, T, D) -> (B, T, D)"""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -313,9 +274,38 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool,
                 cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache,
-                               layer)  # (B, T, D)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
+        """x (B, T, D) -> (B, T, D); the rest is the attention's."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder:
+    """A model and what it has read: called with the embeddings of what comes next, first the whole
+    prompt, then token by token, it gives the logits of the token after that."""
+
+    def __init__(self, llm: "Llama", prompt: Tensor, mask: Tensor | None, steps: int):
+        """prompt (B, T, D), padded on the left; mask (B, T) bool: its real positions; steps: how
+        many tokens may follow."""
+        B, T, _ = prompt.shape
+        self.llm = llm
+        self.mask = None                  # without padding there is none, for the faster attention
+        if mask is not None and not mask.all():
+            self.mask = torch.cat([mask, mask.new_ones(B, steps)], dim=1)       # (B, T + steps)
+        device, dtype = prompt.device, prompt.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)                       # keys come in that
+        self.cache = self.new_cache(prompt, T + steps, dtype)
+
+    def new_cache(self, prompt: Tensor, length: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `length` positions of as many rows as the prompt has."""
+        return KVCache(self.llm.config, len(prompt), length, dtype, prompt.device)
+
+    def __call__(self, embeds: Tensor) -> Tensor:
+        """embeds (B, T, D) -> logits (B, V) of what comes after them."""
+        end = self.cache.length + embeds.shape[1]
+        mask = None if self.mask is None else self.mask[:, :end]
+        hidden = self.llm.hidden(embeds=embeds, mask=mask, cache=self.cache)    # (B, T, D)
+        return self.llm.lm_head(hidden[:, -1])
 
 
 class Llama(nn.Module):
@@ -323,15 +313,17 @@ class Llama(nn.Module):
     folder.
 
     When tie_word_embeddings is set, lm_head.weight is the very tensor embed_tokens.weight.
+    `decoder`: with what `generate` steps through an answer.
     """
+    decoder: type[Decoder] = Decoder
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.packed, self.fetched, self.replays = config, False, False, True
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights()
@@ -342,14 +334,14 @@ class Llama(nn.Module):
 
         PyTorch's own N(0, 1) for embeddings would make a tied head start at a loss in the hundreds.
         """
+        into_sum = ("o_proj.weight", "down_proj.weight")                # two of them a layer
         for name, p in self.named_parameters():
-            if p.ndim == 2:
-                residual = name.endswith(
-                    ("o_proj.weight", "down_proj.weight"))  # two of them a layer
-                nn.init.normal_(
-                    p, std=0.02 * (2 * self.config.num_hidden_layers)**-0.5 if residual else 0.02)
-            else:
+            if p.ndim == 1:
                 nn.init.ones_(p)
+            elif name.endswith(into_sum):
+                nn.init.normal_(p, std=0.02 * (2 * self.config.num_hidden_layers) ** -0.5)
+            else:
+                nn.init.normal_(p, std=0.02)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings, (B, T) -> (B, T, D)."""
@@ -368,22 +360,21 @@ class Llama(nn.Module):
         """
         if (tokens is None) == (embeds is None):
             raise ValueError("give either tokens or embeds")
-        x = self.embed(tokens) if embeds is None else embeds                     # (B, T, D)
+        x = self.embed(tokens) if embeds is None else embeds                    # (B, T, D)
         B, T, _ = x.shape
         past = cache.length if cache is not None else 0
         if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(
-                f"mask is {tuple(mask.shape)}; {past} old and {T} new positions need {(B, past + T)}"
-            )
+            raise ValueError(f"mask is {tuple(mask.shape)}; {past} old and {T} new positions need "
+                             f"{(B, past + T)}")
         if positions is None and mask is None:
-            positions = torch.arange(past, past + T, device=x.device)[None]      # (1, T)
+            positions = torch.arange(past, past + T, device=x.device)[None]     # (1, T)
         elif positions is None:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]             # (B, T)
-        # (B, 1, T, hd), for all layers
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]            # (B, T)
+        # for all layers, (B, 1, T, hd) both
         cos, sin = (turn.to(x.dtype) for turn in rope(self.config, positions))
         look, causal = self._looks(mask, past, T, x.device)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, look, causal, cache, i)                       # (B, T, D)
+            x = block(x, cos, sin, look, causal, cache, i)                      # (B, T, D)
         if cache is not None:
             cache.length += T      # once for all layers, which append at the same place
         return self.norm(x)
@@ -397,8 +388,7 @@ class Llama(nn.Module):
             return look, False     # the newest position sees all there is
         if past == 0:
             return look, True
-        before = torch.ones(T, past + T, dtype=torch.bool,
-                            device=device).tril(past)[None, None]  # (1, 1, T, T_total)
+        before = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
         return (before if look is None else look & before), False
 
     def forward(self, tokens: Tensor | None = None, embeds: Tensor | None = None,
@@ -407,10 +397,29 @@ class Llama(nn.Module):
         """Logits (B, T, V) of the next token at every new position. Arguments as in `hidden`."""
         return self.lm_head(self.hidden(tokens, embeds, mask, positions, cache))
 
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The SUM of cross-entropy, in float32, of states (B, T, D) against labels (B, T), not
+        shifted, over the supervised ones (those that aren't IGNORE; 0 if there are none)."""
+        labels = labels[:, 1:]                                   # position t predicts label t + 1
+        supervised = labels != IGNORE                            # S of them; few, and V is large
+        states, target = hidden[:, :-1][supervised], labels[supervised]              # (S, D), (S,)
+        if len(target) <= LOSS_ROWS:
+            return self.loss_of(states, target)
+        # In pieces whose logits are computed again in the backward: 32,768 rows of 32,000 in
+        # float32 are 4 GB
+        pieces = zip(states.split(LOSS_ROWS), target.split(LOSS_ROWS))
+        return sum(checkpoint(self.loss_of, *piece, use_reentrant=False) for piece in pieces)
+
+    def loss_of(self, states: Tensor, target: Tensor) -> Tensor:
+        """`loss` of final states (S, D) against the ids (S,) that come next."""
+        logits = self.lm_head(states)                                                # (S, V)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), target, reduction="sum")
+
     @torch.inference_mode()
     def generate(self, embeds: Tensor, mask: Tensor | None = None, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_p: float = 1.0, eos_ids: Iterable[int] = (),
-                 generator: torch.Generator | None = None):
+                 generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Yields the next ids, (B,) long, one position of the answers after the other.
 
         embeds (B, T, D), the prompts, padded on the left; mask (B, T) bool: real positions. It ends
@@ -422,50 +431,27 @@ class Llama(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(
                 f"temperature {temperature} should be at least 0, and top_p {top_p} in (0, 1]")
-        keep_memory(embeds.device)
-        if not self.fetched and embeds.device.type == "cpu":
-            fetch(self)
-            self.fetched = True
-        (B, prompt, _), context = embeds.shape, self.config.max_position_embeddings
-        if prompt >= context:
-            raise UserError(
-                f"no room to answer: {prompt} positions with the picture, the language model has {context}"
-            )
-        steps = min(max_new_tokens, context - prompt)
-        # Without padding no mask, for the faster attention; otherwise all that is to come is real.
-        full = mask is None or mask.all()
-        mask = None if full else torch.cat([mask, mask.new_ones(B, steps)], dim=1)  # (B, T + steps)
-        device = embeds.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(
-            device) else embeds.dtype
-        # what is cast can't be recorded
-        replays = self.replays and device == "cuda" and dtype == embeds.dtype
-        # masks are copied at other lengths
-        room = -(-(prompt + steps) // 8) * 8 if replays else prompt + steps
-        cache = KVCache(self.config, B, room, dtype, embeds.device)
+        (B, T, _), context = embeds.shape, self.config.max_position_embeddings
+        if T >= context:
+            raise UserError(f"no room to answer: {T} positions with the picture, the language "
+                            f"model has {context}")
+        steps = min(max_new_tokens, context - T)
+        decoder = self.decoder(self, embeds, mask, steps)
         eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=embeds.device)
-        done, token = torch.zeros(B, dtype=torch.bool, device=embeds.device), None
-        step = partial(self._step, mask, cache)
-        for i in range(steps):
-            if i == AFTER and replays:
-                step = Replay(self, cache, mask)
-            choice = pick(step(embeds), temperature, top_p, generator)              # (B,)
+        done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
+        token = None
+        for _ in range(steps):
+            choice = pick(decoder(embeds), temperature, top_p, generator)       # (B,)
             token = choice if token is None else torch.where(done, token, choice)
             done = done | torch.isin(token, eos)
             if done.all():
                 return
             yield token
-            embeds = self.embed(token[:, None])                                     # (B, 1, D)
-
-    def _step(self, mask: Tensor | None, cache: KVCache, embeds: Tensor) -> Tensor:
-        """Logits (B, V) of what comes after embeds (B, T, D), which go into the cache; mask (B,
-        T_total or more)."""
-        shown = None if mask is None else mask[:, :cache.length + embeds.shape[1]]
-        return self.lm_head(self.hidden(embeds=embeds, mask=shown, cache=cache)[:, -1])
+            embeds = self.embed(token[:, None])                                 # (B, 1, D)
 
     @classmethod
     def from_pretrained(cls, dir: str | Path, dtype: torch.dtype | None = torch.float32,
-                        device="cpu") -> "Llama":
+                        device: str | torch.device = "cpu") -> "Llama":
         """Read the language model out of any folder that holds one: Hugging Face's, Meta's, a
         vision-language model's.
 
@@ -473,44 +459,17 @@ class Llama(nn.Module):
         doesn't fit exactly, and for architectures that only resemble Llama.
         """
         folder = Folder(dir)
-        with skeleton():
+        with weights.skeleton():
             model = cls(LlamaConfig.from_dict(folder.part("llm"), folder.where))
         return folder.fill(model, "llm", dtype, device)
 
-    def pack(self, int8: bool = False) -> "Llama":
-        """Replace all matrix products, in place and layer by layer, with those of linear.py that
-        decode faster.
-
-        For inference on a CPU, and for good: a packed model can't be trained, moved or saved. int8:
-        weights of 8 bits, one scale per output, for half the memory; the embeddings and norms stay
-        as they are. Otherwise half-precision weights are laid out anew, exactly, if this machine
-        gains from it. Returns the model.
-        """
-        if self.packed:
-            raise UserError("this language model is packed already")
-        kind, self.packed = Int8 if int8 else Columns, True
-        # the file, and what comes of it
-        short = not holds(2 * sum(weight.nbytes for weight in self.parameters()))
-        for block in self.layers:
-            attn, mlp = block.self_attn, block.mlp
-            replace(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj", kind, short=short)
-            replace(attn, ("o_proj",), "o_proj", kind, short=short)
-            replace(mlp, ("gate_proj", "up_proj"), "gate_up_proj", kind, short=short)
-            replace(mlp, ("down_proj",), "down_proj", kind, short=short)
-        replace(self, ("lm_head", ), "lm_head", kind, shared=self.config.tie_word_embeddings,
-                short=short)
-        return self
-
     def save_pretrained(self, dir: str | Path) -> None:
         """Write the public layout, which transformers' LlamaForCausalLM reads; a tied head is not
-        written twice."""
-        if self.packed:
-            raise UserError(f"{dir}: a packed model can't be saved; load it again, and save that")
-        tensors = {
-            name if name == "lm_head.weight" else f"model.{name}": p
-            for name, p in self.named_parameters()}
+        written twice. UserError for a packed model (fast/packed.py)."""
+        tensors = {name if name == "lm_head.weight" else f"model.{name}": p
+                   for name, p in weights.to_save(self, dir).items()}
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        save(dir, tensors, {**self.config.to_dict(), "torch_dtype": dtype})
+        weights.save(dir, tensors, {**self.config.to_dict(), "torch_dtype": dtype})
 
 
 def pick(logits: Tensor, temperature: float, top_p: float,
@@ -519,9 +478,8 @@ def pick(logits: Tensor, temperature: float, top_p: float,
     top_p together."""
     if temperature == 0:
         return logits.argmax(-1)
-    share, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1,
-                                                                 descending=True)  # (B, V) both
-    before = share.cumsum(-1) - share             # out: an id before which top_p is reached already
-    drawn = torch.multinomial(share.masked_fill(before >= top_p, 0), 1,
-                              generator=generator)  # (B, 1)
+    shares = (logits.float() / temperature).softmax(-1)                         # (B, V)
+    shares, ids = shares.sort(dim=-1, descending=True)                          # (B, V) both
+    before = shares.cumsum(-1) - shares     # an id is out if top_p is reached before it already
+    drawn = torch.multinomial(shares.masked_fill(before >= top_p, 0), 1, generator=generator)
     return ids.gather(1, drawn)[:, 0]

@@ -6,18 +6,24 @@ handed over at once. It reads and writes the same memory each time, at shapes th
 what differs from token to token stands in tensors here: the embedding, the place in the cache, who
 may be looked at.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from fast.cache import Decoding
+from llama import KVCache, Llama
 
 AFTER = 6               # tokens that come without: a recording takes as long as some seven
 
 
 class Whole:
     """A KVCache as the recording sees it: all of its room, with the new position at `at`."""
-    turned = False
 
-    def __init__(self, cache, at: Tensor):
-        self.cache, self.at, self.length = cache, at, cache.room - 1
+    def __init__(self, cache: KVCache, at: Tensor):
+        self.cache, self.at = cache, at
+        self.length = cache.room - 1
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, n_kv, 1, hd) -> a layer's keys and values, (B, n_kv, room, hd), most of them of
@@ -30,7 +36,7 @@ class Replay:
     """Logits of a Llama for one position after another, as `hidden` and `lm_head` give them with
     the cache. On a CPU nothing is recorded, for the tests: the same work, each time anew."""
 
-    def __init__(self, llm, cache, mask: Tensor | None):
+    def __init__(self, llm: Llama, cache: KVCache, mask: Tensor | None):
         """cache: with what came so far; mask (B, cache.length or more) bool: what of that is real,
         None: all of it."""
         self.llm, self.cache, self.graph = llm, cache, None
@@ -43,7 +49,7 @@ class Replay:
         self.shown[:, :cache.length] = True if mask is None else mask[:, :cache.length]
         self.positions = self.shown.sum(1, keepdim=True)                # (B, 1), the next token's
         self.shown[:, cache.length] = True
-        self.at = torch.tensor([cache.length], device=weight.device)  # (1), where it comes to stand
+        self.at = torch.tensor([cache.length], device=weight.device)    # (1), where it comes to be
         if weight.device.type == "cuda":
             self._record(torch.cuda.current_stream(), torch.cuda.Stream())
 
@@ -60,7 +66,7 @@ class Replay:
     def _work(self) -> Tensor:
         hidden = self.llm.hidden(embeds=self.embeds, mask=self.shown, positions=self.positions,
                                  cache=Whole(self.cache, self.at))
-        return self.llm.lm_head(hidden[:, -1])                                       # (B, V)
+        return self.llm.lm_head(hidden[:, -1])                          # (B, V)
 
     def __call__(self, embeds: Tensor) -> Tensor:
         """The next token's embeds (B, 1, D) -> logits (B, V), which the next call overwrites."""
@@ -74,3 +80,38 @@ class Replay:
         self.positions += 1
         self.at += 1
         return self.logits
+
+
+class Recorded(Decoding):
+    """A decoder that records, on a GPU, what the first tokens have shown to be worth it."""
+    calls = 0
+    replay: Replay | None = None
+
+    def new_cache(self, prompt: Tensor, length: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `length` positions or a few more."""
+        # what autocast casts can't be recorded
+        self.records = prompt.device.type == "cuda" and dtype == prompt.dtype
+        if self.records:
+            length = -(-length // 8) * 8        # masks of other lengths would be copied each time
+        return super().new_cache(prompt, length, dtype)
+
+    def __call__(self, embeds: Tensor) -> Tensor:
+        """embeds (B, T, D) -> logits (B, V) of what comes after them."""
+        self.calls += 1
+        if not self.records or self.calls <= AFTER:
+            return super().__call__(embeds)
+        if self.replay is None:
+            self.replay = Replay(self.llm, self.cache, self.mask)
+        return self.replay(embeds)
+
+
+@contextmanager
+def unrecorded(llm: Llama) -> Iterator[None]:
+    """Inside, nothing is recorded: a replay calls no hooks."""
+    usual = llm.decoder
+    if usual is Recorded:
+        llm.decoder = Decoding
+    try:
+        yield
+    finally:
+        llm.decoder = usual
