@@ -135,24 +135,6 @@ def test_held_out_accuracy():
     assert grey["accuracy"] <= 0.45
 
 
-def test_score_by_hand():
-    def asked(kind, short, answer=None, new=False):
-        turns = [questions.Turn("first?", "x", "x"), questions.Turn("q?", answer or short, short)]
-        return exam.Item(None, kind, turns, new, not new)
-
-    items = [asked("count", a)
-             for a in "112"] + [asked("count", "3", "There are 3 cats.", new=True)]
-    items += [asked("word", "sun")]
-    result = exam.score(items, ["1", "2", "2", "x", "sun"])
-    assert result == dict(
-        accuracy=0.6, n=5, kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
-                                      word=dict(accuracy=1.0, n=1, majority=1.0)),
-        groups={"known phrasing": dict(accuracy=0.75, n=4), "new phrasing": dict(accuracy=0.0, n=1),
-                "known pair": dict(accuracy=0.0, n=1), "new pair": dict(accuracy=0.75, n=4),
-                "sentences": dict(accuracy=0.0, n=1)},
-        worst="count", confusion={"1": {"1": 1, "2": 1}, "2": {"2": 1}})
-
-
 def test_batched_answers_are_the_single_ones():
     """Follow-ups included: their prompts hold what the model itself answered before."""
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()

@@ -2,15 +2,15 @@
 
 Nobody can rent eight A100s to find out whether a line of code is right, so this repository carries
 a world in which the whole recipe of the paper runs for real on a laptop: (a) a small CLIP learns
-from captions, (b) a small Llama learns from text alone (towers.py), both are saved in the public
-Hugging Face layout, and from there on nothing is special: train.py loads them with the code that
-loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1 and stage 2.
+from captions, (b) a small Llama learns from text alone, both in toy/towers.py and both saved in the
+public Hugging Face layout, and from there on nothing is special: train.py loads them with the code
+that loads openai/clip-vit-large-patch14-336 and Vicuna, and runs stage 1 and stage 2.
 
 A scene has nine places. Some hold emoji objects (40 kinds in 4 categories, with 8 pairs of
 look-alikes), one may hold a coloured shape, one a printed word. Things differ in size, are turned,
 shifted, overlap and lie on clutter. A scene is a pure function of a string, its key, such as
 "train2/17": no picture is stored, and training and held-out scenes differ in that string. Training
-never shows certain pairs of kinds together: the exam does (exam.py).
+never shows certain pairs of kinds together: the exam does (toy/exam.py).
 
 Draws from `random` in another order make another world, in which the bundled model knows nothing.
 """

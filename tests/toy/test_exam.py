@@ -1,9 +1,9 @@
-"""The exam about the toy world: honest about what is held out."""
+"""The exam about the toy world: honest about what is held out; its score."""
 import re
 
 from toy import questions
 from toy import world as toy
-from toy.exam import exam
+from toy.exam import Item, exam, score
 from toy.towers import sibling
 
 
@@ -46,3 +46,23 @@ def test_what_is_held_out():
     # a held-out scene doesn't occur among many training scenes either
     seen = {content(scene) for scene in scenes}
     assert sum(content(item.scene) in seen for item in items) <= 6      # one of a single object can
+
+
+def test_score_by_hand():
+    def asked(kind, short, answer=None, new=False):
+        first = questions.Turn("first?", "x", "x")
+        return Item(None, kind, [first, questions.Turn("q?", answer or short, short)], new, not new)
+
+    items = [asked("count", short) for short in "112"]
+    items += [asked("count", "3", "There are 3 cats.", new=True), asked("word", "sun")]
+    result = score(items, ["1", "2", "2", "x", "sun"])
+    assert result == dict(
+        accuracy=0.6, n=5,
+        kinds=dict(count=dict(accuracy=0.5, n=4, majority=0.5),
+                   word=dict(accuracy=1.0, n=1, majority=1.0)),
+        groups={"known phrasing": dict(accuracy=0.75, n=4),
+                "new phrasing": dict(accuracy=0.0, n=1),
+                "known pair": dict(accuracy=0.0, n=1),
+                "new pair": dict(accuracy=0.75, n=4),
+                "sentences": dict(accuracy=0.0, n=1)},
+        worst="count", confusion={"1": {"1": 1, "2": 1}, "2": {"2": 1}})
