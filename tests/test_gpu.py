@@ -1,9 +1,9 @@
 """The same code on a GPU: what it computes there is what it computes on a CPU.
 
-    NANOCCRA_GPU=1 python -m pytest -s tests/test_gpu.py
+    python -m pytest -s -m gpu tests/test_gpu.py
 
 Otherwise the tests hide GPUs (conftest.py), so that they are the same anywhere. What the paper's
-sizes take on a GPU, in seconds and GiB, tests/card.py measures.
+sizes take on a GPU, in seconds and GiB, bench/card.py measures.
 """
 import csv
 import subprocess
@@ -15,20 +15,22 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import data
-import eval as exams
+import fast
 import llama
 import train
 from ccra import NAMED, VLM
-from clip import CLIPVision, CLIPVisionConfig, attention
-from core.common import ROOT
+from clip import CLIPVision, CLIPVisionConfig, attention, preprocess
+from core.common import ROOT, split
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
-from tests.fusers.test_fusers import tiny_vlm
-from tests.test_train import uneven_samples
-from toy import exam
+from eval import sit
+from fast.graph import unrecorded
+from tests.fusers.helpers import tiny_vlm
+from tests.training.helpers import uneven_samples
 from toy import world as toy
+from toy.exam import exam, score
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
-                                reason="NANOCCRA_GPU is not set, or there is no GPU")
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -38,7 +40,7 @@ def tokenizer():
 
 
 def load(dtype, device):
-    return VLM.from_pretrained(toy.MODEL, dtype=dtype, device=device).eval()
+    return fast.prepare(VLM.from_pretrained(toy.MODEL, dtype=dtype, device=device).eval())
 
 
 def apart(x, exact):
@@ -46,7 +48,8 @@ def apart(x, exact):
     return ((x.cpu().double() - exact.cpu().double()).norm() / exact.double().norm().cpu()).item()
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2),
+                                         (torch.float16, 2e-3)])
 def test_attention_in_all_its_shapes(dtype, most):
     """With and without mask, causal or not, with a row that may look nowhere; gradients, too."""
     for hd, Tq, causal, masked in [(64, 70, True, False), (128, 70, True, True),
@@ -66,18 +69,17 @@ def test_attention_in_all_its_shapes(dtype, most):
             assert apart(ours.detach(), exact.detach()) < most, (dtype, hd, Tq, causal, masked)
 
 
-def test_the_tower_is_not_rounded(tokenizer):
+def test_the_tower_is_not_rounded():
     """In float32 all states of the tower agree to float32's precision: cuDNN would take TF32 for
     the patches."""
-    pixels = torch.stack([
-        toy.preprocess(toy.draw(item.scene), 96, pad=True) for item in exam.exam(0, 8)])
+    pixels = torch.stack([preprocess(toy.draw(item.scene), 96, pad=True) for item in exam(0, 8)])
     with torch.no_grad():
-        ours, exact = load(torch.float32, GPU).vision(pixels.to(GPU)), load(torch.float32,
-                                                                            CPU).vision(pixels)
+        ours = load(torch.float32, GPU).vision(pixels.to(GPU))
+        exact = load(torch.float32, CPU).vision(pixels)
     for l, (a, b) in enumerate(zip(ours, exact)):
         assert apart(a, b) < 1e-5, l
-    tower, pixels = CLIPVision(CLIPVisionConfig(num_hidden_layers=1)), torch.randn(
-        4, 3, 336, 336)  # ViT-L/336's width
+    tower = CLIPVision(CLIPVisionConfig(num_hidden_layers=1))             # ViT-L/336's width
+    pixels = torch.randn(4, 3, 336, 336)
     with torch.no_grad():
         exact = tower.double()(pixels.double())
         ours = tower.float().to(GPU)(pixels.to(GPU))
@@ -86,44 +88,42 @@ def test_the_tower_is_not_rounded(tokenizer):
 
 def test_answers(tokenizer):
     """500 questions, in batches of uneven prompts, decoded with the cache."""
-    items = exam.exam(0, 500)
-    exact, found = exams.sit(load(torch.float32, CPU), tokenizer, items, 100, CPU), {}
+    items = exam(0, 500)
+    exact, found = sit(load(torch.float32, CPU), tokenizer, items, 100, CPU), {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        texts = exams.sit(load(dtype, GPU), tokenizer, items, 100, GPU)
+        texts = sit(load(dtype, GPU), tokenizer, items, 100, GPU)
         same = sum(a == b for a, b in zip(texts, exact))
-        found[dtype] = same, exam.score(items, texts)["accuracy"]
+        found[dtype] = same, score(items, texts)["accuracy"]
     print(f"\nanswers of 500 that are float32's on a CPU, accuracy: {found}")
-    assert found[torch.float32][0] >= 499 and found[torch.float16][0] >= 495 and found[
-        torch.bfloat16][0] >= 470
+    for dtype, least in ((torch.float32, 499), (torch.float16, 495), (torch.bfloat16, 470)):
+        assert found[dtype][0] >= least, dtype
 
 
-def test_a_recording_says_the_same(tokenizer):
+def test_a_recording_says_the_same():
     """40 tokens, most of them replayed: the ids that come without a recording, for rows of unequal
     length, too."""
-    model = load(torch.float32, GPU)
-    embeds = model.llm.embed(torch.randint(3, 300, (3, 30), device=GPU))
+    llm = load(torch.float32, GPU).llm
+    embeds = llm.embed(torch.randint(3, 300, (3, 30), device=GPU))
     padded = torch.arange(30, device=GPU) >= torch.tensor([[0], [7], [29]], device=GPU)
     for mask in (None, padded):
-        ids = []
-        for model.llm.replays in (True, False):
-            ids.append(torch.stack(list(model.llm.generate(embeds, mask, max_new_tokens=40))))
-        assert len(ids[0]) == 40 and torch.equal(*ids)
+        replayed = torch.stack(list(llm.generate(embeds, mask, max_new_tokens=40)))
+        with unrecorded(llm):
+            ids = torch.stack(list(llm.generate(embeds, mask, max_new_tokens=40)))
+        assert len(ids) == 40 and torch.equal(replayed, ids)
 
 
 def gradients(device, dtype, samples):
     model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32, device=device)
-    trained = train.freeze(model, 2)
-    loss = train.train_step(model, [data.collate(rows) for rows in train.split(samples, 4)], device,
-                            dtype)
+    trained = train.freeze(fast.prepare(model), 2)
+    batches = [data.make_batch(rows) for rows in split(samples, 4)]
+    loss = train.train_step(model, batches, device, dtype)
     return loss, {name: p.grad.cpu() for name, p in trained.items()}
 
 
 def test_a_training_step(tokenizer):
     """Rows with and without a picture. float32: the CPU's gradients; autocast to bfloat16: nearly
     its direction."""
-    samples = uneven_samples(tokenizer)
-    for sample in samples:
-        sample["pixels"] = torch.nn.functional.interpolate(sample["pixels"][None], 96)[0]
+    samples = uneven_samples(tokenizer, size=96)
     loss, exact = gradients(CPU, torch.float32, samples)
     same, ours = gradients(GPU, torch.float32, samples)
     narrow, rounded = gradients(GPU, torch.bfloat16, samples)
@@ -131,9 +131,8 @@ def test_a_training_step(tokenizer):
     worst = max((apart(ours[name], g), name) for name, g in exact.items() if g.norm() > 0)
     flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, rounded)]
     near = cosine_similarity(*flat, dim=0).item()
-    print(
-        f"\ngradients: float32 apart by {worst[0]:.1e} at most ({worst[1]}), bfloat16's cosine {near:.4f}"
-    )
+    print(f"\ngradients: float32 apart by {worst[0]:.1e} at most ({worst[1]}), bfloat16's cosine "
+          f"{near:.4f}")
     assert worst[0] < 1e-3 and near > 0.99
 
 
@@ -156,22 +155,20 @@ def test_every_fuser(name, monkeypatch):
         loss = model(*batch, labels=labels.to(device))
         loss.backward()
         maps = model.look(*(batch[i] for i in (0, 2, 3)))[1]
-        results.append([
-            loss.detach().cpu(), *(m.detach().cpu() for m in maps.values()),
-            *(p.grad.to(CPU, copy=True) for p in model.parameters() if p.grad is not None)])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([x.detach().to(CPU, copy=True) for x in (loss, *maps.values(), *grads)])
     for exact, ours in zip(*results, strict=True):
         assert torch.allclose(ours, exact, rtol=1e-7, atol=1e-9)
 
 
 def curve(out, *flags, processes=0):
-    """log.csv of a training of the embedded model, in a process of its own."""
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"
-              ] if processes else []
-    command = [
-        sys.executable, *launch,
-        str(ROOT / "train.py"), "--stage", "2", "--world", "toy", "--model",
-        str(toy.MODEL), "--out",
-        str(out), "--batch", "16", "--threads", "4", *flags]
+    """log.csv of a training of the bundled model, in a process of its own."""
+    launch = []
+    if processes:
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [sys.executable, *launch, str(ROOT / "train.py"), "--stage", "2", "--world", "toy",
+               "--model", str(toy.MODEL), "--out", str(out), "--batch", "16", "--threads", "4",
+               *flags]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     with open(out / "log.csv", newline="") as file:
@@ -190,15 +187,13 @@ def test_one_loss_curve(tmp_path):
     are there), in bfloat16, compiled; stopped and resumed."""
     exact, short = ["--dtype", "float32", "--steps", "12"], ["--dtype", "bfloat16", "--steps", "6"]
     ddp, fsdp = ["--parallel", "ddp"], ["--parallel", "fsdp"]
-    runs = dict(cpu=([*exact, "--device",
-                      "cpu"], 0), gpu=(exact, 0), ddp=(exact + ddp, 1), fsdp=(exact + fsdp, 1),
-                recompute=([*exact, "--recompute"], 0), parts=([*exact, "--stop-after", "5"], 0),
-                wide=(short, 0), compiled=([*short, "--compile",
-                                            "--recompute"], 0), sliced=(short + fsdp, 1))
+    runs = dict(cpu=([*exact, "--device", "cpu"], 0), gpu=(exact, 0), ddp=(exact + ddp, 1),
+                fsdp=(exact + fsdp, 1), recompute=([*exact, "--recompute"], 0),
+                parts=([*exact, "--stop-after", "5"], 0), wide=(short, 0),
+                compiled=([*short, "--compile", "--recompute"], 0), sliced=(short + fsdp, 1))
     with ThreadPoolExecutor(5) as pool:
-        waits = {
-            name: pool.submit(curve, tmp_path / name, *flags, processes=n)
-            for name, (flags, n) in runs.items()}
+        waits = {name: pool.submit(curve, tmp_path / name, *flags, processes=n)
+                 for name, (flags, n) in runs.items()}
         found = {name: wait.result() for name, wait in waits.items()}
     resumed = curve(tmp_path / "parts", *exact)
     for name in ("gpu", "ddp", "fsdp", "recompute"):
@@ -207,25 +202,22 @@ def test_one_loss_curve(tmp_path):
         assert off < 1e-4, name
     same = [a["loss"] == b["loss"] for a, b in zip(found["gpu"], resumed, strict=True)]
     print(f"\nresumed: {sum(same)} of 12 losses to the last digit")
-    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5 and apart_in_loss(
-        found["gpu"], resumed) < 1e-4
+    assert found["gpu"][-1]["peak_gib"] > 0 and len(found["parts"]) == 5
+    assert apart_in_loss(found["gpu"], resumed) < 1e-4
     for name in ("compiled", "sliced"):
         assert apart_in_loss(found[name], found["wide"]) < 3e-2, name
 
 
+def sample(*words):
+    scene = str(ROOT / "assets" / "scene.png")
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), "--image", scene, "--device",
+                           "cuda", *map(str, words)], capture_output=True, text=True)
+
+
 def test_the_command_line(tmp_path):
-    run = subprocess.run([
-        sys.executable,
-        str(ROOT / "sample.py"), "--image",
-        str(ROOT / "assets" / "scene.png"), "--q", "How many donuts are there?", "--device", "cuda",
-        "--heatmap",
-        str(tmp_path / "x.png"), "--html",
-        str(tmp_path / "x.html")], capture_output=True, text=True)
+    run = sample("--q", "How many donuts are there?", "--heatmap", tmp_path / "x.png", "--html",
+                 tmp_path / "x.html")
     assert run.returncode == 0 and run.stdout == "3\n", run.stderr
     assert (tmp_path / "x.png").exists() and (tmp_path / "x.html").exists()
-    run = subprocess.run([
-        sys.executable,
-        str(ROOT / "sample.py"), "--image",
-        str(ROOT / "assets" / "scene.png"), "--q", "Is there an owl?", "--device", "cuda",
-        "--quant", "int8"], capture_output=True, text=True)
+    run = sample("--q", "Is there an owl?", "--quant", "int8")
     assert run.returncode and "CPU" in run.stderr and "Traceback" not in run.stderr
