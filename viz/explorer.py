@@ -1,10 +1,11 @@
-"""TODO viz/explorer.py"""
+"""A page to explore what the model looked at: page.html, with the numbers of one Sight in it."""
 import base64
 import io
 import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from core.canvas import COLOURS
@@ -12,10 +13,8 @@ from viz.figures import HEAT, blocks
 from viz.maps import Sight
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
-
-
-# --------------------------------------------------------------------------------------------------
-# The explorer: assets/explorer.html, with the numbers of one Sight in it
+LONGEST = 672            # pixels of a side of the picture
+SMALL = 128              # up to so many it is a PNG
 
 
 def packed(values: Tensor) -> str:
@@ -23,21 +22,32 @@ def packed(values: Tensor) -> str:
     return base64.b64encode(np.ascontiguousarray(values.numpy(), dtype="<f4").tobytes()).decode()
 
 
-def explorer(sight: Sight) -> str:
-    """One HTML page that needs nothing else. Text goes in as JSON without "<", and from there by textContent alone, so
-    no question is markup."""
-    image, png = sight.image.copy(), max(sight.image.size) <= 128
-    image.thumbnail((672, 672))
+def data_url(image: Image.Image) -> str:
+    """A picture, as a page holds it."""
     file = io.BytesIO()
-    image.save(file, **(dict(format="PNG") if png else dict(format="JPEG", quality=88)))
-    kind, encoded = "png" if png else "jpeg", base64.b64encode(file.getvalue()).decode()
+    if max(image.size) <= SMALL:
+        kind = "png"
+        image.save(file, format="PNG")
+    else:
+        kind = "jpeg"
+        image.save(file, format="JPEG", quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def explorer(sight: Sight) -> str:
+    """One HTML page that needs nothing else. Text goes in as JSON without "<", and from there by
+    textContent alone, so no question is markup."""
+    image = sight.image.copy()
+    image.thumbnail((LONGEST, LONGEST))          # if it is larger
     maps = sight.maps
-    data = dict(question=sight.question, words=sight.words, tokens=sight.tokens, grid=sight.grid, box=sight.box,
-                blocks=blocks(sight), image=f"data:image/{kind};base64,{encoded}",
-                size=image.size, heat=HEAT, colours=["#%02x%02x%02x" % tuple(c) for c in COLOURS.tolist()],
+    data = dict(question=sight.question, words=sight.words, tokens=sight.tokens, grid=sight.grid,
+                box=sight.box, blocks=blocks(sight), image=data_url(image), size=image.size,
+                heat=HEAT, colours=["#%02x%02x%02x" % tuple(c) for c in COLOURS.tolist()],
                 llm=packed(sight.llm.mean(0)), layers=0)
     if "w_hat" in maps:
-        data |= dict(layers=len(maps["w_hat"]), alpha=maps["alpha"].tolist(), w_hat=maps["w_hat"].tolist(),
-                     raw=maps["w_l"].softmax(-1).tolist(), W_lp=packed(maps["W_lp"]), w_p=packed(maps["w_p"]),
+        data |= dict(layers=len(maps["w_hat"]), alpha=maps["alpha"].tolist(),
+                     w_hat=maps["w_hat"].tolist(), raw=maps["w_l"].softmax(-1).tolist(),
+                     W_lp=packed(maps["W_lp"]), w_p=packed(maps["w_p"]),
                      layer_map=packed(maps["layer_map"]))
-    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
+    text = json.dumps(data).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)

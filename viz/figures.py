@@ -12,8 +12,24 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from core.canvas import (COLOURS, FAINT, INK, PAPER, SMALL, TEXT, Axes, Colour, below, beside, font,
-                         framed, hues, number, text, titled)
+from core.canvas import (
+    COLOURS,
+    FAINT,
+    INK,
+    PAPER,
+    SMALL,
+    TEXT,
+    Axes,
+    Colour,
+    below,
+    beside,
+    font,
+    framed,
+    hues,
+    number,
+    text,
+    titled,
+)
 from core.common import UserError
 from viz.maps import Sight
 from viz.pointing import depth
@@ -132,7 +148,8 @@ def words(sight: Sight) -> list[tuple[str, Colour | None]]:
     alpha = sight.maps["alpha"]                                                     # (T)
     share = (alpha / alpha.max().clamp(min=1e-9)).numpy()[:, None]                  # (T, 1)
     grounds = 255 + (COLOURS[150].astype(float) - 255) * share                      # (T, 3)
-    return [(word, tuple(ground)) for word, ground in zip(sight.words, grounds.astype(int).tolist())]
+    grounds = [tuple(ground) for ground in grounds.astype(int).tolist()]
+    return list(zip(sight.words, grounds))
 
 
 def blocks(sight: Sight) -> str:
