@@ -29,7 +29,7 @@ from core.common import Lock, UserError, cores, read_json, write_json
 from core.records import read_records
 from data import TEMPLATES
 from training.prepared import FLAT, FORMAT, RAGGED, tokenizer_id
-from training.reading import Job, Row, in_order, jobs, tokenizer_of
+from training.reading import Job, Row, in_order, jobs, readers, tokenizer_of
 
 BINS = (64, 128, 256, 512, 1024, 2048, 4096)             # of the histogram of lengths
 
@@ -151,10 +151,12 @@ def prepare(json_path: str | Path, images: str | Path | None, out: str | Path, l
     began = time.perf_counter()
     with workplace(out) as tmp:
         # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
-        with tqdm(desc=f"reading {file.name}", unit=" records", disable=None) as bar:
+        with (readers(workers) as pool,
+              tqdm(desc=f"reading {file.name}", unit=" records", disable=None) as bar):
             records, inputs["json"]["sha256"] = read_records(file)
             bar.reset(total=len(records))
-            report = fill(tmp, jobs(records, Path(llm), template, images, decode), workers, bar)
+            todo = jobs(records, Path(llm), template, images, decode)
+            report = fill(tmp, in_order(todo, pool, 4 * workers), bar)
         if report.kept == 0:
             raise UserError(f"{file}: not one record can be learnt from: {report.reasons()}")
         if report.records - report.kept > tolerate * report.records:
@@ -169,13 +171,13 @@ def prepare(json_path: str | Path, images: str | Path | None, out: str | Path, l
     report.say(say)
 
 
-def fill(folder: Path, todo: Iterator[Job], workers: int, bar: tqdm) -> Report:
-    """Write the arrays."""
+def fill(folder: Path, results: Iterator[tuple[Job, tuple]], bar: tqdm) -> Report:
+    """Write the arrays, of jobs with what `reading.digest` made of them."""
     report = Report()
     columns = {name: Column(folder, name) for name in RAGGED}
     flat = {name: array("i") for name in FLAT}
     faults = []                                          # of every picture: (reason, message)
-    for job, (rows, looks) in in_order(todo, workers):
+    for job, (rows, looks) in results:
         for look in looks:
             faults.append((look.reason, look.message))
             columns["paths"].add(look.path.encode(errors="surrogatepass"))

@@ -1,7 +1,7 @@
 """What the processes of `data.py prepare` do: records become rows, and pictures are looked at.
 
-`jobs` cuts the json into pieces, `in_order` has them done and hands the results out in the order of
-the records.
+`jobs` cuts the json into pieces, `in_order` has them done by `readers` and hands the results out in
+the order of the records.
 """
 import multiprocessing
 import os
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -85,26 +86,39 @@ def jobs(records: list, llm: Path, template: str, images: Path | None,
         yield Job(llm, template, images, decode, first, piece, picture, paths)
 
 
-def in_order(todo: Iterator[Job], workers: int) -> Iterator[tuple[Job, tuple]]:
-    """Every job with what `digest` makes of it, in order, from some processes (0: this one). Only a
-    few jobs are under way at any time, so results don't pile up."""
+@contextmanager
+def readers(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for `in_order`; None for no workers. To be started before the json is read: a
+    process forked from one that holds it would soon hold a gigabyte of it, too, since each garbage
+    collection writes to all objects."""
     if workers == 0:
-        yield from ((job, digest(job)) for job in todo)
+        yield None
         return
     pool = ProcessPoolExecutor(workers, initializer=follow, initargs=(os.getpid(),))
     try:
-        waiting = deque()
-        for job in todo:
-            waiting.append((job, pool.submit(digest, job)))
-            if len(waiting) > 4 * workers:
-                done, result = waiting.popleft()
-                yield done, result.result()
-        yield from ((job, result.result()) for job, result in waiting)
+        pool.submit(os.getpid)                           # forks are all made at the first job
+        yield pool
     except BrokenProcessPool:
         raise UserError("a reading process was killed (out of memory?); fewer --workers take "
                         "less") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_order(todo: Iterator[Job], pool: ProcessPoolExecutor | None,
+             ahead: int) -> Iterator[tuple[Job, tuple]]:
+    """Every job with what `digest` makes of it, in order, from the pool's processes (None: this
+    one). Only `ahead` jobs are under way at any time, so results don't pile up."""
+    if pool is None:
+        yield from ((job, digest(job)) for job in todo)
+        return
+    waiting = deque()
+    for job in todo:
+        waiting.append((job, pool.submit(digest, job)))
+        if len(waiting) > ahead:
+            done, result = waiting.popleft()
+            yield done, result.result()
+    yield from ((job, result.result()) for job, result in waiting)
 
 
 def follow(parent: int) -> None:

@@ -278,10 +278,17 @@ def test_only_a_few_jobs_wait():
             taken.append(i)
             yield reading.Job(LLM, "v1", None, False, i, [record("a", "b")], [-1], [])
 
-    for n, (job, (rows, _)) in enumerate(reading.in_order(todo(), 1)):
-        assert job.first == n and rows[0].name == f"record {n} (id 'r')"
-        assert len(taken) <= n + 6
+    with reading.readers(1) as pool:
+        for n, (job, (rows, _)) in enumerate(reading.in_order(todo(), pool, 4)):
+            assert job.first == n and rows[0].name == f"record {n} (id 'r')"
+            assert len(taken) <= n + 6
     assert n == 199
+
+
+def test_a_reader_that_is_killed_ends_the_run():
+    with pytest.raises(UserError, match="a reading process was killed"):
+        with reading.readers(1) as pool:
+            pool.submit(os._exit, 1).result()
 
 
 def test_command(world, monkeypatch, capsys):
