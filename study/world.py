@@ -1,10 +1,10 @@
 """The study's world: toy's scenes, and two kinds of question more, about the background.
 
 Toy's eight kinds of question are answered from deep layers, printed words all the better the
-deeper (probes.py). What deep layers forget, since no caption told it when the CLIP was trained, is
-how the background looks. So the study asks for that, too: *tint*, its colour, and *shade*, how
-light it is. The scenes stay as they are, pixel for pixel. Captions and texts tell the background
-as well.
+deeper (study/probes.py). What deep layers forget, since no caption told it when the CLIP was
+trained, is how the background looks. So the study asks for that, too: *tint*, its colour, and
+*shade*, how light it is. The scenes stay as they are, pixel for pixel. Captions and texts tell the
+background as well.
 """
 import random
 
