@@ -224,7 +224,8 @@ def rows(model: VLM, args: argparse.Namespace, micro: int) -> tuple[Tensor, Tens
 
 def fake(model: VLM) -> VLM:
     """The model with fake tensors for its parameters, of the dtypes and with the requires_grad they
-    had."""
+    had. All blocks of the tower run, even if not all are read: FSDP's tracker waits for them."""
+    model.fuser.n_blocks = len(model.vision.layers)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             empty = torch.empty(p.shape, dtype=p.dtype)
@@ -240,11 +241,12 @@ def whole_step(model: VLM, pixels: Tensor, ids: Tensor) -> Tensor:
 
     pixels (B, 3, H, W); ids (B, T) long, text alone, of which the first 64 are the query.
     """
-    asked = torch.ones_like(ids[:, :64], dtype=torch.bool)
-    hidden = model.vision(pixels)      # all blocks, even if not all are read: the tracker waits
-    features, _ = model.fuse(hidden, model.llm.embed(ids[:, :64]), asked)          # (B, N', width)
-    embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)   # (B, T', D)
-    states = model.llm.hidden(embeds=embeds).flatten(0, 1)                         # (B T', D)
-    target = torch.zeros(states.shape[0] // 4, dtype=torch.long)         # a quarter is supervised
+    query = ids[:, :64]
+    asked = torch.ones_like(query, dtype=torch.bool)
+    hidden, F_t = model.see(pixels, query, asked)
+    features, _ = model.fuse(hidden, F_t, asked)                                   # (B, N', width)
+    embeds = torch.cat([model.projector(features), model.llm.embed(ids)], dim=1)     # (B, T', D)
+    states = model.llm.hidden(embeds=embeds).flatten(0, 1)                           # (B T', D)
+    target = torch.zeros(len(states) // 4, dtype=torch.long)             # a quarter is supervised
     pieces = zip(states[:len(target)].split(LOSS_ROWS), target.split(LOSS_ROWS))
     return sum(checkpoint(model.llm.loss_of, *piece, use_reentrant=False) for piece in pieces)
