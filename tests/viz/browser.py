@@ -1,0 +1,119 @@
+"""A real browser, as a test's hands and eyes."""
+import json
+import os
+import subprocess
+from pathlib import Path
+
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--no-first-run", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+READY = """new Promise((done, fail) => {
+    const wait = setInterval(() => {
+        if (document.body?.dataset.ready) { clearInterval(wait); done(); }
+    }, 20);
+    setTimeout(fail, 20000);
+})"""
+COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+
+
+class Browser:
+    """Chromium without a window, spoken to in its own protocol (JSON and a 0 byte, by way of two
+    pipes). folder: for its profile."""
+
+    def __init__(self, program: str, folder: Path):
+        theirs, self.send_to = os.pipe()
+        self.read_from, out = os.pipe()
+        shell = ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{out}', "-", program, *FLAGS]
+        self.process = subprocess.Popen([*shell, f"--user-data-dir={folder}", "about:blank"],
+                                        pass_fds=(theirs, out), stderr=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL)
+        os.close(theirs)
+        os.close(out)
+        self.heard, self.last, self.session, self.events = b"", 0, {}, []
+        targets = self("Target.getTargets")["targetInfos"]
+        page = next(target for target in targets if target["type"] == "page")
+        attached = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self.session = dict(sessionId=attached["sessionId"])
+        for part in ("Page", "Runtime", "Log", "Network"):
+            self(part + ".enable")
+
+    def __call__(self, method: str, **params) -> dict:
+        """One of the protocol's commands, and its result. What is heard meanwhile goes to
+        `events`."""
+        self.last += 1
+        asked = dict(id=self.last, method=method, params=params, **self.session)
+        os.write(self.send_to, json.dumps(asked).encode() + b"\0")
+        while True:
+            while b"\0" not in self.heard:
+                more = os.read(self.read_from, 2 ** 20)
+                if not more:
+                    raise EOFError(f"the browser ended during {method}")
+                self.heard += more
+            message, self.heard = self.heard.split(b"\0", 1)
+            message = json.loads(message)
+            if message.get("id") == self.last:
+                assert "error" not in message, message
+                return message["result"]
+            self.events.append(message)
+
+    def close(self) -> None:
+        self("Browser.close")
+        self.process.wait(20)
+
+    def run(self, script: str):
+        """A JavaScript expression's value; a promise is waited for."""
+        result = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def text(self, id: str) -> str:
+        """What an element says."""
+        return self.run(f"document.getElementById('{id}').textContent")
+
+    def focus(self, id: str) -> None:
+        self.run(f"document.getElementById('{id}').focus()")
+
+    def key(self, name: str, code: int) -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            self("Input.dispatchKeyEvent", type=kind, key=name, code=name,
+                 windowsVirtualKeyCode=code)
+
+    def point(self, id: str, across: float, down: float) -> tuple[float, float]:
+        """Move the mouse to a place in an element, in shares of its size, and say where that
+        is."""
+        box = f"document.getElementById('{id}').getBoundingClientRect()"
+        x, y = self.run(f"(r => [r.left + r.width * {across}, r.top + r.height * {down}])({box})")
+        self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def click(self, id: str, across: float, down: float) -> None:
+        """Click at a place in an element."""
+        x, y = self.point(id, across, down)
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def size(self, width: int, height: int, mobile: bool = False) -> None:
+        """Of the window, in pixels."""
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+             mobile=mobile)
+
+    def scheme(self, name: str) -> None:
+        """What the user likes, light or dark."""
+        self("Emulation.setEmulatedMedia",
+             features=[dict(name="prefers-color-scheme", value=name)])
+
+    def open(self, file: Path) -> None:
+        """Go to a page, and wait until it says that it's ready."""
+        self.events.clear()
+        self("Page.navigate", url=file.as_uri())
+        self.run(READY)
+
+    def complaints(self) -> list:
+        """What went to the console, exceptions, and requests for anything but the file itself and
+        data in it, since the page was opened."""
+        found = [event for event in self.events if event["method"] in COMPLAINTS]
+        for event in self.events:
+            if event["method"] == "Network.requestWillBeSent":
+                if not event["params"]["request"]["url"].startswith(("file:", "data:")):
+                    found.append(event)
+        return found
