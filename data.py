@@ -443,16 +443,5 @@ def main() -> None:
          [data.record_id(i) for i in picks])
 
 
-# TEMPORARY, until the rooms have moved to make_batch and core.records
-collate = make_batch
-from core.records import inside  # noqa: E402, F401
-
-
-def problems(*args): return lacks(*check(*args))  # noqa: E704
-
-
-def query_of(turns, which): return turns[0] if which == "first" else [t for turn in turns for t in turn]  # noqa
-
-
 if __name__ == "__main__":
     run(main)
