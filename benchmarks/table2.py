@@ -102,8 +102,7 @@ def measure(model: VLM, batches: Iterable) -> dict[str, dict[str, float]]:
     Q))."""
     parts = []
     for pixels, query, mask in batches:
-        hidden = model.vision(pixels, model.fuser.n_blocks)                      # (L+1, B, 1+N, d)
-        F_t = model.llm.embed(query.masked_fill(~mask, 0))                       # (B, Q, D)
+        hidden, F_t = model.see(pixels, query, mask)           # (L+1, B, 1+N, d), (B, Q, D)
         F_stack = hidden[1:, :, 1:].transpose(0, 1)                              # (B, L, N, d)
         parts.append(compare(model.fuser, F_stack, F_t, mask))
     means = {}

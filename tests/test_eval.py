@@ -1,6 +1,5 @@
-"""eval.py on tiny benchmarks: answered by any number of processes, killed and resumed, scored,
-shown beside Table 1. (Its exam about the toy world: test_sample.py. Table 2:
-benchmarks/test_table2.py.)"""
+"""eval.py: the bundled model's exam about the toy world; tiny benchmarks, answered by any number of
+processes, killed and resumed, scored, shown beside Table 1."""
 import json
 import os
 import shutil
@@ -20,10 +19,40 @@ from benchmarks.score import score
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision
 from core.common import ROOT
+from core.tokenizer import Tokenizer
 from llama import Llama
 from tests.benchmarks.helpers import fails, write_json
 from tests.benchmarks.layouts import READABLE, make_all
+from toy import exam, questions
 from toy import world as toy
+
+# --------------------------------------------------------------------------------------------------
+# The toy world
+
+def test_held_out_accuracy():
+    """320 questions, as `python eval.py --task toy` asks 4,000 for the README; these 320 give
+    97.8%."""
+    model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_pretrained(toy.MODEL)
+    items, cpu = exam.exam(7, 320), torch.device("cpu")
+    seen = exam.score(items, evaluation.sit(model, tokenizer, items, 80, cpu))
+    grey = exam.score(items, evaluation.sit(model, tokenizer, items, 80, cpu, grey=True))
+    assert seen["accuracy"] >= 0.96 and seen["n"] == 320
+    assert set(seen["kinds"]) == set(questions.QUESTIONS)
+    assert grey["accuracy"] <= 0.45
+
+
+def test_batched_answers_are_the_single_ones():
+    """Follow-ups included: their prompts hold what the model itself answered before."""
+    model = VLM.from_pretrained(toy.MODEL, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_pretrained(toy.MODEL)
+    items, cpu = exam.exam(3, 24), torch.device("cpu")
+    at_once = evaluation.sit(model, tokenizer, items, 24, cpu)
+    assert at_once == evaluation.sit(model, tokenizer, items, 1, cpu)
+
+
+# --------------------------------------------------------------------------------------------------
+# The benchmarks
 
 
 @pytest.fixture(scope="module")

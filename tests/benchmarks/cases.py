@@ -1,8 +1,8 @@
 """The nine benchmarks that a rule scores, each as small annotations with answers, and their scores,
 worked out by hand from the rules.
 
-Every case is built so that plausible misreadings of the rule (test_misreadings.py) give another
-number than the right one.
+Every case is built so that plausible misreadings of the rule
+(tests/benchmarks/test_misreadings.py) give another number than the right one.
 """
 from benchmarks import mme
 from benchmarks.answers import read_answers
