@@ -1,12 +1,13 @@
 """Optional speed. Models are written plainly (clip.py, llama.py) and run without any of this;
 `prepare` puts it into one that was loaded, by giving its modules other classes and functions:
 
-    attention   attention.py   written out, or by way of float32, where a CPU is faster so
-    linear      linear.py      half precision on a CPU that can't multiply it
-    norm        norm.py        of a single row
-    decoder     cache.py       for one new token: a cache laid out for it, memory kept and fetched
-                graph.py       on a GPU, its work recorded once and replayed
-    packed      packed.py      weights laid out anew for decoding on a CPU, or in 8 bits: on request
+    fast/attention.py   written out, or by way of float32, where a CPU is faster so
+    fast/linear.py      half precision on a CPU that can't multiply it
+    fast/norm.py        the norm of a single row
+    fast/cache.py       decoding: a cache laid out for one new token; memory kept and fetched
+    fast/graph.py       decoding on a GPU: its work recorded once and replayed
+    fast/packed.py      weights laid out anew for decoding on a CPU, or in 8 bits: on request
+    fast/memory.py      what Linux is told about memory
 
 What they compute is the same but for rounding; int8 rounds the weights, too. Everyone who runs or
 trains a model calls `prepare` once, before compiling, wrapping or sharding it. Parameters keep
@@ -17,7 +18,7 @@ from torch import nn
 import clip
 import llama
 from ccra import VLM
-from fast.attention import attention
+from fast import attention
 from fast.cache import DecodingAttention
 from fast.graph import Recorded
 from fast.linear import HalfLinear
@@ -45,7 +46,7 @@ def prepare(model: nn.Module, pack: bool = False, int8: bool = False) -> nn.Modu
             layer.__class__ = HalfLinear
     for module in model.modules():
         if isinstance(module, (clip.SelfAttention, llama.Attention)):
-            module.attend = attention
+            module.attend = attention.attention
         if type(module) is llama.Attention:
             module.__class__ = DecodingAttention
         elif type(module) is llama.RMSNorm:

@@ -1,5 +1,5 @@
-"""clip.py against transformers' CLIP, Pillow's processor and LLaVA's padding; the two attentions
-against each other."""
+"""clip.py against transformers' CLIP, its image processor and LLaVA's padding. Attention by a loop
+over rows, with every kind of mask: tests/fast/test_attention.py."""
 import json
 import math
 
@@ -56,85 +56,6 @@ def public_clip(**text):
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-def masks():
-    torch.manual_seed(0)
-    some = torch.rand(2, 1, 5, 5) < 0.5
-    some[0, 0, 2] = False                                   # a row that may look nowhere
-    # a sequence that is all padding
-    keys = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()[:, None, None]
-    return [(None, False), (None, True), (some, False), (some, True), (keys, False), (keys, True),
-            (some[1, 0], False)]
-
-
-@pytest.mark.parametrize("mask, causal", masks())
-def test_attention_fused_equals_written_out(mask, causal, monkeypatch):
-    torch.manual_seed(2)
-    qkv = [torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    cotangent, results = torch.randn(2, 3, 5, 4, dtype=torch.float64), []
-    for write_out in (set(), {torch.float64}):      # makes the dispatcher take the written-out form
-        monkeypatch.setattr(clip, "WRITE_OUT", write_out)
-        out = attention(*qkv, mask, causal)
-        results.append([out, *torch.autograd.grad(out, qkv, cotangent)])
-    assert all(r.isfinite().all() for r in results[0] + results[1])
-    for fused, written in zip(*results):
-        torch.testing.assert_close(fused, written, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(clip, "QUERIES", 2)  # at inference, in pieces, the last one short
-    with torch.no_grad():
-        torch.testing.assert_close(attention(*qkv, mask, causal), results[0][0], rtol=1e-12,
-                                   atol=1e-12)
-    # and both against a loop over rows that is too simple to be wrong
-    q, k, v = (t.detach() for t in qkv)
-    allowed = torch.ones(2, 3, 5, 5, dtype=torch.bool) if mask is None else mask.expand(2, 3, 5, 5)
-    for b, h, t in np.ndindex(2, 3, 5):
-        look = [s for s in range(5) if allowed[b, h, t, s] and (s <= t or not causal)]
-        row = torch.zeros(4, dtype=torch.float64)
-        if look:
-            row = (k[b, h, look] @ q[b, h, t] / 2).softmax(0) @ v[b, h, look]
-        torch.testing.assert_close(results[0][0][b, h, t], row, rtol=1e-12, atol=1e-12)
-
-
-def test_attention_picks_by_hardware_and_use(monkeypatch):
-    calls = []
-    monkeypatch.setattr(clip, "_written_out", lambda *a: calls.append("written out"))
-    monkeypatch.setattr(clip, "_fused", lambda *a: calls.append("fused"))
-    monkeypatch.setattr(torch, "cat", lambda parts, dim: parts)
-    monkeypatch.setattr(clip, "QUERIES", 19)
-    leaf, plain = torch.randn(1, 1, 20, 2, requires_grad=True), torch.randn(1, 1, 20, 2)
-    for write_out in ({torch.float32}, set()):
-        monkeypatch.setattr(clip, "WRITE_OUT", write_out)
-        attention(plain, plain, leaf)                   # training
-        attention(plain, plain, plain, causal=True)     # a long prompt, in two pieces
-        attention(*3 * [plain[:, :, 1:]], causal=True)  # a short one
-        attention(plain[:, :, :1], plain, plain)        # a new token
-        with torch.no_grad():
-            attention(leaf, leaf, leaf)                 # a picture
-    assert calls == 3 * ["written out"] + 8 * ["fused"]
-
-
-def test_attention_with_a_key_mask_and_fewer_queries_in_half_precision(monkeypatch):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, t, 8, dtype=torch.bfloat16) for t in (1, 6, 6))
-    mask = torch.tensor([[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()[:, None, None]
-    fused, written = clip._fused(q, k, v, mask, False), clip._written_out(q, k, v, mask, False)
-    assert fused.dtype == written.dtype == torch.bfloat16 and (written[1]
-                                                               == 0).all() and (fused[1]
-                                                                                == 0).all()
-    torch.testing.assert_close(fused, written, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_query_where_the_cpu_is_slow_at_half_precision(dtype, monkeypatch):
-    """By way of float32: rounded once."""
-    monkeypatch.setattr(clip, "SLOW", {dtype})
-    monkeypatch.setattr(clip, "WRITE_OUT", set())
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, t, 8).to(dtype) for t in (1, 70, 70))
-    out = attention(q, k, v)
-    exact = clip._written_out(q.double(), k.double(), v.double(), None, False)        # (2, 2, 1, 8)
-    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6
-    assert out.dtype == dtype and ((out.double() - exact).abs() <= allowed).all()
-
-
 def test_an_empty_row_is_zero_whatever_the_kernel_makes_of_it(monkeypatch):
     """torch's CPU kernel happens to give zeros for 0/0; this one gives NaN, as some GPU kernels
     did."""
@@ -143,9 +64,9 @@ def test_an_empty_row_is_zero_whatever_the_kernel_makes_of_it(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", naive)
     q, mask = torch.randn(1, 1, 3, 2), torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
-    out = clip._fused(q, q, q, mask, False)
-    assert out.isfinite().all() and (out[0, 0, 1] == 0).all() and torch.equal(
-        out[0, 0, 0], q[0, 0, 0])
+    out = attention(q, q, q, mask)
+    assert out.isfinite().all() and (out[0, 0, 1] == 0).all()
+    assert torch.equal(out[0, 0, 0], q[0, 0, 0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,8 +77,8 @@ def test_hidden_states_equal_transformers_and_numbering():
     ours = CLIPVision(CLIPVisionConfig.from_dict(VISION))
     assert ours.grid == 4                                   # 30 // 7, as the convolution sees it
     names = clip._from_public(ours)
-    ours.load_state_dict({
-        names[k]: v for k, v in theirs.state_dict().items() if "position_ids" not in k})
+    stored = theirs.state_dict().items()
+    ours.load_state_dict({names[k]: v for k, v in stored if "position_ids" not in k})
     pixels = torch.randn(2, 3, 30, 30)
     with torch.no_grad():
         want, got = theirs(pixels, output_hidden_states=True), ours(pixels)
@@ -165,29 +86,26 @@ def test_hidden_states_equal_transformers_and_numbering():
         for layer in range(4):
             assert relative(got[layer], want.hidden_states[layer]) < 1e-5
         assert relative(ours.pooled(got), want.pooler_output) < 1e-5
-        assert torch.equal(ours(pixels, n_layers=2), got[:3]) and torch.equal(
-            ours(pixels, 0), got[:1])
+        assert torch.equal(ours(pixels, n_layers=2), got[:3])
+        assert torch.equal(ours(pixels, 0), got[:1])
 
 
 def test_hidden_states_at_vit_l_14_336():
     """The real shape: width 1024, 16 heads, 577 positions, all 24 layers; random weights, one
     picture."""
     with torch.device("meta"):
-        whole = CLIPVision(CLIPVisionConfig())
-    assert sum(p.numel()
-               for p in whole.parameters()) == 303_507_456 and len(list(whole.parameters())) == 391
-
-    n = 24
-    with torch.device("meta"):
         ours = CLIPVision(CLIPVisionConfig())
         theirs = transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(image_size=336, patch_size=14, hidden_size=1024,
-                                          intermediate_size=4096, num_hidden_layers=n,
+                                          intermediate_size=4096, num_hidden_layers=24,
                                           num_attention_heads=16))
+    assert sum(p.numel() for p in ours.parameters()) == 303_507_456
+    assert len(list(ours.parameters())) == 391
     torch.manual_seed(0)
-    shared = {
-        name: torch.empty(p.shape).normal_(std=0.03) + ("norm" in name and name.endswith("weight"))
-        for name, p in ours.named_parameters()}
+    shared = {}
+    for name, p in ours.named_parameters():
+        scale = "norm" in name and name.endswith("weight")
+        shared[name] = torch.empty(p.shape).normal_(std=0.03) + scale
     ours.load_state_dict(shared, assign=True)  # both models on the same memory: 1.2 GB, not 2.4
     theirs.load_state_dict({clip.tower_name(k): p for k, p in shared.items()}, assign=True)
     theirs.embeddings.position_ids = torch.arange(577)[None]
@@ -195,7 +113,7 @@ def test_hidden_states_at_vit_l_14_336():
     with torch.no_grad():
         pixels = torch.randn(1, 3, 336, 336)
         want, got = theirs.eval()(pixels, output_hidden_states=True).hidden_states, ours(pixels)
-    assert got.shape == (n + 1, 1, 577, 1024)
+    assert got.shape == (25, 1, 577, 1024)
     assert max(relative(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
 
 
@@ -212,8 +130,8 @@ def test_a_public_clip_loads_and_agrees(tmp_path):
         tower = CLIPVision.from_pretrained(tmp_path)  # the tower alone, out of the same folder
         assert torch.equal(tower(pixels), ours.vision(pixels))
     half = CLIPVision.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert all(p.dtype == torch.bfloat16
-               for p in half.parameters()) and half(pixels).dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    assert half(pixels).dtype == torch.bfloat16
 
 
 def test_transformers_reads_what_we_save(tmp_path):
@@ -223,11 +141,11 @@ def test_transformers_reads_what_we_save(tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     pixels = torch.randn(2, 3, 30, 30)
     with torch.no_grad():
-        assert relative(ours(pixels, IDS),
-                        theirs.eval()(input_ids=IDS, pixel_values=pixels).logits_per_image) < 1e-5
+        want = theirs.eval()(input_ids=IDS, pixel_values=pixels)
+        assert relative(ours(pixels, IDS), want.logits_per_image) < 1e-5
     again = CLIP.from_pretrained(tmp_path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    pairs = zip(ours.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     vision = transformers.CLIPVisionModel.from_pretrained(tmp_path)
     assert relative(ours.vision(pixels)[-1], vision(pixels).last_hidden_state) < 1e-5
 
@@ -241,11 +159,10 @@ def test_image_tower_from_every_layout(tmp_path, layout):
     if layout == "vlm":
         names = clip._from_public(CLIPVision(CLIPVisionConfig(**VISION)))
         tensors = {f"vision.{names[k]}": v for k, v in flat.items()}
-        tensors |= {
-            name: torch.ones(1)
-            for name in ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")}
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "nanoccra", "vision": VISION, "llm": {}}))
+        others = ("llm.norm.weight", "fuser.lwca.q.weight", "projector.0.bias")
+        tensors |= {name: torch.ones(1) for name in others}
+        config = {"model_type": "nanoccra", "vision": VISION, "llm": {}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
     else:
         tensors = {("" if layout == "flat" else "vision_model.") + k: v for k, v in flat.items()}
     if layout == "position_ids":                      # older files store this buffer
@@ -265,9 +182,8 @@ def test_the_legacy_end_of_text_rule(tmp_path):
     theirs.save_pretrained(tmp_path)
     ids = torch.tensor([[2, 5, 98, 2, 2], [3, 97, 4, 2, 1]])
     with torch.no_grad():
-        got, want = CLIP.from_pretrained(tmp_path).encode_text(ids), theirs.get_text_features(
-            ids).pooler_output
-    assert relative(got, want) < 1e-5
+        got, want = CLIP.from_pretrained(tmp_path).encode_text(ids), theirs.get_text_features(ids)
+    assert relative(got, want.pooler_output) < 1e-5
 
 
 def test_text_after_the_end_changes_nothing():
@@ -281,14 +197,13 @@ def test_it_trains_from_scratch():
     torch.manual_seed(0)
     model = CLIP(CLIPVisionConfig(**VISION), CLIPTextConfig(**TEXT))
     assert math.isclose(model.logit_scale.exp().item(), 1 / 0.07, rel_tol=1e-4)
-    pixels, losses = torch.randn(8, 3, 30, 30), []
-    ids = torch.stack([torch.arange(1, 9), torch.full((8,), 98)], dim=1)
+    pixels, losses, own = torch.randn(8, 3, 30, 30), [], torch.arange(8)
+    ids = torch.stack([own + 1, torch.full((8,), 98)], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(10):
         logits = model(pixels, ids)
-        losses.append(
-            sum(torch.nn.functional.cross_entropy(x, torch.arange(8))
-                for x in (logits, logits.T)) / 2)
+        both = [torch.nn.functional.cross_entropy(x, own) for x in (logits, logits.T)]
+        losses.append(sum(both) / 2)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -390,9 +305,10 @@ def test_open_image(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # What is wrong is named
 
-@pytest.mark.parametrize("key, value", [("hidden_act", "gelu"), ("num_channels", 1), ("attention_dropout", 0.1),
-                                        ("hidden_size", "48"), ("num_hidden_layers", 0), ("num_attention_heads", 5),
-                                        ("image_size", [30, 30]), ("layer_norm_eps", None)])
+@pytest.mark.parametrize("key, value", [
+    ("hidden_act", "gelu"), ("num_channels", 1), ("attention_dropout", 0.1), ("hidden_size", "48"),
+    ("num_hidden_layers", 0), ("num_attention_heads", 5), ("image_size", [30, 30]),
+    ("layer_norm_eps", None)])
 def test_a_config_we_do_not_implement_is_named(key, value):
     with pytest.raises(UserError, match=f"{key}.*{'' if key == 'num_attention_heads' else '=.*'}"):
         CLIPVisionConfig.from_dict(VISION | {key: value})
@@ -411,8 +327,8 @@ def test_defaults_of_partial_configs_are_clips_own(tmp_path):
 
 def test_wrong_folders_and_inputs_are_named(tmp_path):
     public_clip().save_pretrained(tmp_path)
-    good, config = load_file(tmp_path / "model.safetensors"), json.loads(
-        (tmp_path / "config.json").read_text())
+    good = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
 
     def broken(tensors, config, reader, match):
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
