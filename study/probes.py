@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fast
 from clip import CLIPVision
 from core.common import split
 from study.features import states
@@ -129,7 +130,7 @@ def probe_table(tower: CLIPVision, n: int, n_test: int) -> Iterator[tuple[str, f
 def show_probes(clip: Path, n: int) -> None:
     """Print the table, of n scenes to learn from and half as many to test with. clip: the tower's
     folder."""
-    tower = CLIPVision.from_pretrained(clip)
+    tower = fast.prepare(CLIPVision.from_pretrained(clip))
     L = tower.config.num_hidden_layers
     layers = " | ".join(map(str, range(L + 1)))
     print(f"| question | commonest | {layers} | best - worst of 1..{L} |")

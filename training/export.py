@@ -27,7 +27,7 @@ def export_llava(model: VLM, dir: str | Path, tokenizer_file: str | Path | None 
     V = model.llm.config.vocab_size
     extra = -(-(V + 2) // 64) * 64 - V
     tensors = {}
-    for name, p in model.named_parameters():
+    for name, p in weights.to_save(model, dir).items():
         if name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
             mean = p.float().mean(0, keepdim=True).to(p.dtype)                     # (1, D)
             p = torch.cat([p, mean.expand(extra, -1)])                             # (V + extra, D)
