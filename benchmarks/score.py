@@ -1,7 +1,6 @@
-"""Score answers to a benchmark, without a model and without torch: the command behind
-`python eval.py --score TASK`.
+"""Score answers to a benchmark, without a model: the command behind `python eval.py --score TASK`.
 
-Numbers where the right answers are public, else a file to hand in.
+Numbers where the right answers are public, else a file to hand in. It needs no torch.
 """
 import argparse
 import json
@@ -86,7 +85,8 @@ def show(metrics: dict, indent: int = 2) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """eval.py's own main, where --score is among its words."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="eval.py", description="Score answers to a benchmark, "
+                                     "without a model.")
     parser.add_argument("--score", required=True, choices=TASKS, metavar="TASK",
                         help=", ".join(TASKS))
     parser.add_argument("--json", action="store_true",
