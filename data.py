@@ -242,7 +242,8 @@ def load(json_path: str | Path, image_root: str | Path | None, tokenizer: Tokeni
     is a UserError then). pad None: as in LLaVA, "plain" crops and "v1" pads.
     """
     file = Path(json_path)
-    records, sha256 = read_records(file)
+    image_root = None if image_root is None else Path(image_root)
+    records, sha256 = read_records(file, image_root)
     numbers, left_out = [], {}                           # left_out: reason -> records
     for i, record in enumerate(records):
         if reason := lacks(*check(record, f"{file}: record {i}", template)):
@@ -257,7 +258,6 @@ def load(json_path: str | Path, image_root: str | Path | None, tokenizer: Tokeni
     if not numbers:
         raise UserError(f"{file}: not one record can be learnt from")
     if image_root is not None:
-        image_root = Path(image_root)
         _look_for_pictures({i: records[i]["image"] for i in numbers if "image" in records[i]},
                            image_root, records, file)
     pad = template == "v1" if pad is None else pad

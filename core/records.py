@@ -3,8 +3,9 @@
     {"id": "17", "image": "coco/train2017/000000000017.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-What isn't LLaVA's format is an error that names file, record and fault. What is, but can't be
-learnt from (an empty answer, say), is left out by whoever reads a whole file, and counted.
+`read_records` also takes what other tools write instead (`tidy`). What isn't LLaVA's format is an
+error that names file, record and fault. What is, but can't be learnt from (an empty answer, say),
+is left out by whoever reads a whole file, and counted.
 """
 import hashlib
 import json
@@ -20,13 +21,17 @@ SLOT = "<image>"
 Turns = list[tuple[str, str | None]]         # [(question, answer)]; the last answer may be None
 
 
-def read_records(file: Path) -> tuple[list, str]:
-    """The records of a json, and the file's sha256. UserError if it isn't a list of records."""
+def read_records(file: Path, root: Path | None = None) -> tuple[list, str]:
+    """The records of a json, each made `tidy`, and the file's sha256.
+
+    A list of records, or json lines: one record a line. root: the folder of the pictures. UserError
+    if it is neither.
+    """
     try:
         content = file.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         content = content.decode("utf-8-sig")            # the bytes go before the records come
-        records = json.loads(content)
+        records = _lines(content) if content.lstrip()[:1] == "{" else json.loads(content)
     except OSError as e:
         raise UserError(f"can't read {file}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:            # UnicodeDecodeError is a ValueError, too
@@ -35,7 +40,44 @@ def read_records(file: Path) -> tuple[list, str]:
         raise UserError(f"{file} is not LLaVA's format: it should be a list of records")
     if not records:
         raise UserError(f"{file} is not LLaVA's format: there is no record in it")
-    return records, sha256
+    return [tidy(record, root) for record in records], sha256
+
+
+def _lines(content: str):
+    """Json lines as a list. Content that is one object over several lines is that object."""
+    try:
+        value = json.loads(content)
+        return [value] if "conversations" in value else value
+    except ValueError:
+        pass
+    records = []
+    for number, line in enumerate(content.split("\n"), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as e:
+            raise ValueError(f"line {number}: {e}") from None
+    return records
+
+
+def tidy(record, root: Path | None = None):
+    """A record as LLaVA writes it, of what other tools write.
+
+    "image": null, "" or [] is no picture, unless a human turn has its slot; ["a.png"] is "a.png";
+    a path that begins with root, the folder of the pictures, is relative to it.
+    """
+    if not isinstance(record, dict) or "image" not in record:
+        return record
+    image = record["image"]
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if image is None or image == "" or image == []:
+        slot = SLOT in json.dumps(record.get("conversations"))
+        return record if slot else {key: x for key, x in record.items() if key != "image"}
+    if isinstance(image, str) and root is not None and os.path.isabs(image):
+        folder = os.path.abspath(root)
+        if os.path.normpath(image).startswith(folder + os.sep):
+            image = os.path.relpath(image, folder)
+    return {**record, "image": image}
 
 
 def check(record: dict, where: str = "record", template: str = "v1") -> tuple[Turns, int | None]:

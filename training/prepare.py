@@ -153,7 +153,7 @@ def prepare(json_path: str | Path, images: str | Path | None, out: str | Path, l
         # disable=None: no bar where nobody watches, that is, if stderr isn't a terminal
         with (readers(workers) as pool,
               tqdm(desc=f"reading {file.name}", unit=" records", disable=None) as bar):
-            records, inputs["json"]["sha256"] = read_records(file)
+            records, inputs["json"]["sha256"] = read_records(file, images)
             bar.reset(total=len(records))
             todo = jobs(records, Path(llm), template, images, decode)
             report = fill(tmp, in_order(todo, pool, 4 * workers), bar)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from core.common import UserError
-from core.records import read_records
+from core.records import check, read_records, tidy
 
 
 def random_value(rng, depth=0):
@@ -56,3 +56,41 @@ def test_other_json_is_refused(tmp_path, content, why):
         read_records(tmp_path / "x.json")
     with pytest.raises(UserError, match="can't read"):
         read_records(tmp_path)
+
+
+SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "3"}]
+SEEN = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "3"}]
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_no_picture_in_other_words_is_no_picture(image):
+    record = tidy({"id": 1, "image": image, "conversations": SAID})
+    assert record == {"id": 1, "conversations": SAID} and check(record) == ([("What?", "3")], None)
+    with pytest.raises(UserError, match="isn't the path of one picture"):    # but it is spoken of
+        check(tidy({"image": image, "conversations": SEEN}))
+
+
+def test_one_picture_in_other_words(tmp_path):
+    for image in ("a/b.png", ["a/b.png"], str(tmp_path / "a" / "b.png"), [f"{tmp_path}//a/b.png"]):
+        record = tidy({"image": image, "conversations": SEEN}, tmp_path)
+        assert record["image"] == "a/b.png" and check(record) == ([("\nWhat?", "3")], 0)
+    for image in (["a.png", "b.png"], 3, {"path": "a.png"}, [None]):
+        with pytest.raises(UserError, match="isn't the path of one picture"):
+            check(tidy({"image": image, "conversations": SEEN}, tmp_path))
+    for image in ("/etc/a.png", str(tmp_path) + "2/a.png", f"{tmp_path}/../a.png"):
+        with pytest.raises(UserError, match="leads out of the image folder"):
+            check(tidy({"image": image, "conversations": SEEN}, tmp_path))
+
+
+def test_json_lines(tmp_path):
+    records = [{"id": i, "conversations": SAID} for i in range(3)]
+    for n, text in ((3, "\n".join(map(json.dumps, records))), (1, json.dumps(records[0]) + "\n"),
+                    (3, "\ufeff" + "\r\n\n".join(map(json.dumps, records)) + "\n\n")):
+        (tmp_path / "x.jsonl").write_text(text)
+        assert read_records(tmp_path / "x.jsonl")[0] == records[:n]
+    (tmp_path / "x.jsonl").write_text(json.dumps(records[0]) + "\n{\n" + json.dumps(records[1]))
+    with pytest.raises(UserError, match="x.jsonl is not JSON: line 2"):
+        read_records(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"data": records}, indent=1))
+    with pytest.raises(UserError, match="should be a list of records"):
+        read_records(tmp_path / "x.jsonl")
