@@ -304,13 +304,14 @@ def open_vlm(dir: str | Path, vision: str | Path | None) -> tuple[Folder, Folder
                         f"{vision}")
     if vision is None and folder.layout == "llava":
         raise UserError(f"{folder.dir}: has no vision tower; download "
-                        f"{folder.config.get('mm_vision_tower')} and give its folder, too: --vision "
-                        "DIR")
+                        f"{folder.config.get('mm_vision_tower')} and give its folder, too: "
+                        "--vision DIR")
     return folder, None if vision is None else Folder(vision)
 
 
-def fill_vlm(model: nn.Module, folder: Folder, tower: Folder | None, dtype=None,
-             device=None) -> nn.Module:
+def fill_vlm(model: nn.Module, folder: Folder, tower: Folder | None,
+             dtype: torch.dtype | None = None,
+             device: str | torch.device | None = None) -> nn.Module:
     """The model, built from the configs of `open_vlm`'s folders, with their weights in it."""
     if folder.parts.get("image", model.image) != model.image:
         raise UserError(f"{folder.dir}: config.json says image {folder.part('image')}, its tower "
@@ -320,6 +321,6 @@ def fill_vlm(model: nn.Module, folder: Folder, tower: Folder | None, dtype=None,
     if width != d:
         raise UserError(f"{tower.dir}: a tower {d} wide, but {folder.where} says mm_hidden_size "
                         f"{width}; it wants {folder.config.get('mm_vision_tower')}")
-    if tower is not None and not folder.holds("vision"):     # some fine-tunes hold the one they made
+    if tower is not None and not folder.holds("vision"):     # some fine-tunes hold their own
         tower.fill(model.vision, "vision", dtype, device)
     return folder.fill(model, dtype=dtype, device=device)

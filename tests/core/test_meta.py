@@ -1,4 +1,4 @@
-"""Meta's own downloads; that they load, and what is broken: test_layouts.py."""
+"""Meta's own downloads: what is refused. That they load is tested with the other layouts."""
 import pytest
 
 from llama import Llama
