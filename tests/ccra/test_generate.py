@@ -135,7 +135,8 @@ def test_save_and_load_bit_for_bit(tmp_path, tied):
 
 @pytest.mark.parametrize("old, new, match", [
     ('"nanoccra"', '"llava"', "model_type"), ('"ccra"', '"other"', "fuser 'other'"),
-    ('"sigma"', '"sgima"', "sgima"), ('"joint"', '"batch"', "norm"), ('"n_layers": 3', '"n_layers": 2', "n_layers"),
+    ('"sigma"', '"sgima"', "sgima"), ('"joint"', '"batch"', "norm"),
+    ('"n_layers": 3', '"n_layers": 2', "n_layers"),
     ('"d_hidden": 8', '"d_hidden": 9', "misshapen"), ('"size": 8', '"size": 16', "image"),
     ('"query": "all"', '"query": "last"', "query"), ('"vision": {', '"eyes": {', "vision")])
 def test_a_config_that_does_not_fit(tmp_path, old, new, match):
