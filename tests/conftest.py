@@ -19,7 +19,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def towers(tmp_path_factory):
     """A tiny CLIP and a tiny Llama with the embedded world's tokenizer, in the public layout."""
     folder = tmp_path_factory.mktemp("towers")
@@ -39,6 +39,16 @@ def towers(tmp_path_factory):
                     eos_token_id=2))
     llm.init_weights()
     llm.save_pretrained(folder / "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stage1(towers, tmp_path_factory):
+    """What three steps of stage 1 make of the towers."""
+    import train
+    folder = tmp_path_factory.mktemp("stage1")
+    train.main(["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"),
+                "--out", str(folder), "--steps", "3", "--batch", "4"])
     return folder
 
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ccra import VLM
-from llama import LOSS_ROWS
 from core.common import read_json
+from llama import LOSS_ROWS
 from training import sharding
 
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
