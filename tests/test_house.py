@@ -116,8 +116,11 @@ def arrows(sources):
 
 
 def stage(module: str) -> int:
+    """How far right a module stands. A room that isn't in STAGES has no place."""
     room = module.partition(".")[0]
-    return next(i for i, rooms in enumerate(STAGES) if room in rooms)
+    found = [i for i, rooms in enumerate(STAGES) if room in rooms]
+    assert found, f"{module}: where does it belong?"
+    return found[0]
 
 
 def test_the_graph_sees_what_there_is_to_see():
