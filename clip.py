@@ -23,6 +23,7 @@ from torch import Tensor
 from core import weights
 from core.common import UserError
 from core.layouts import Folder, tower_name
+from core.pictures import MAX_PIXELS, Source, label, open_image
 
 # else a GPU rounds what `patch_embedding` multiplies, in float32, too
 torch.backends.cudnn.allow_tf32 = False
@@ -60,27 +61,16 @@ def lower_triangle(q: Tensor, k: Tensor) -> Tensor:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)   # of CLIP's training pictures, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 2 ** 29                         # a sliver of 1 x 65535 pixels would be padded to 13 GB
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """A picture file as a PIL image in RGB. A rotation tag (EXIF) is ignored, as LLaVA ignores it.
-
-    UserError naming the path when it is missing, not a picture, cut short, absurdly large or
-    without pixels.
-    """
+def read_pixels(path: Source, size: int, pad: bool, upright: bool = False) -> Tensor:
+    """A picture file's pixels (3, size, size): `open_image`, then `preprocess`. UserError naming
+    the path."""
+    image = open_image(path, upright)
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such image") from e
-    # on bad bytes Pillow's decoders raise OSError, SyntaxError, ValueError and others
-    except Exception as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from e
-    if 0 in image.size:
-        raise UserError(f"{path}: this image has no pixels ({image.width} x {image.height})")
-    return image
+        return preprocess(image, size, pad)
+    except UserError as e:                     # too narrow for a large `size`
+        raise UserError(f"{label(path)}: {e}") from None
 
 
 def expand_to_square(image: Image.Image) -> Image.Image:
