@@ -19,6 +19,9 @@ processes. Questions of like length share a batch, and the batches don't depend 
 so neither do the answers. (They would depend on the number of CPU threads, which change rounding:
 say --threads where it matters.)
 """
+from core.common import run  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import hashlib
 import io
@@ -34,7 +37,9 @@ from pathlib import Path
 from benchmarks import TASKS, mmmu
 from benchmarks import score as scoring
 from benchmarks.answers import Answer, Question, read_answers
-from core.common import UserError, lock, read_json, run, split, write_json, write_text
+from core import flags
+from core.common import UserError, lock, read_json, split, write_json, write_text
+from core.flags import whole
 
 if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
     sys.exit(run(scoring.main))        # a score needs nothing of what follows, which takes seconds
@@ -384,8 +389,7 @@ def load_as_told(args: argparse.Namespace,
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(description=__doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", help=f"toy; or one or several of {','.join(TASKS)}; or all, which "
                       "are these")
@@ -396,8 +400,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--table2", nargs="?", const="toy", metavar="TASK",
                       help="Table 2's metrics on the questions of a task (default: 500 of the toy "
                       "world)")
-    p.add_argument("--batch", type=int, help="questions answered at a time (default: 16; toy: 100)")
-    p.add_argument("--threads", type=int, default=0,
+    p.add_argument("--batch", type=flags.batch,
+                   help="questions answered at a time (default: 16; toy: 100)")
+    p.add_argument("--threads", type=flags.threads, default=0,
                    help="CPU threads of a process (default: torch's choice)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     model_options(p.add_argument_group("the model"))
@@ -405,9 +410,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     toy_options(p.add_argument_group("the toy world"))
     scoring.options(p)
     args = p.parse_args(argv)
-    counts = [x for x in (args.batch, args.n, args.limit + 1, args.threads + 1) if x is not None]
-    if min(counts) < 1:
-        raise UserError("--batch and --n should be at least 1, --limit and --threads at least 0")
     args.batch = args.batch or (100 if args.task == "toy" else 16)
     return args
 
@@ -425,18 +427,19 @@ def model_options(g) -> None:
 def benchmark_options(g) -> None:
     g.add_argument("--data", type=Path, default=Path("data/eval"), metavar="DIR", help="the folder "
                    "that holds them, as LLaVA's playground/data/eval (default: %(default)s)")
-    g.add_argument("--limit", type=int, default=0, metavar="N", help="ask only the first N "
-                   "questions of each part: of POPE's categories, MME's tasks, SEED's types, "
-                   "MMMU's subjects")
+    g.add_argument("--limit", type=whole(0, flags.MANY), default=0, metavar="N", help="ask only "
+                   "the first N questions of each part: of POPE's categories, MME's tasks, SEED's "
+                   "types, MMMU's subjects")
     g.add_argument("--out", type=Path, metavar="DIR",
                    help="for answers and results.json (default: out/eval/MODEL)")
 
 
 def toy_options(g) -> None:
-    g.add_argument("--seed", type=int, default=0, help="which held-out questions")
-    g.add_argument("--n", type=int, help="how many (default: 4000; of Table 2: 500)")
+    g.add_argument("--seed", type=flags.seed, default=0, help="which held-out questions")
+    g.add_argument("--n", type=whole(1, 1_000_000),
+                   help="how many (default: 4000; of Table 2: 500)")
     g.add_argument("--grey", action="store_true", help="answer about grey pictures, too")
-    g.add_argument("--wrong", type=int, default=0, metavar="K",
+    g.add_argument("--wrong", type=whole(0, flags.MANY), default=0, metavar="K",
                    help="also print the first K wrong answers")
 
 
@@ -461,4 +464,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "answers to benchmarks are kept in --out, and the same command goes on from there")

@@ -18,6 +18,9 @@ how fast it multiplies matrices (the limit for the prompt). The first is measure
 process itself, after its first token, every eighth from there and the last: what a virtual machine
 gets of its host's memory can change from one second to the next.
 """
+from core.common import run  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import importlib.util
 import json
@@ -28,15 +31,16 @@ import sys
 import time
 from pathlib import Path
 
-from core.common import ROOT, UserError, cores, read_config, run, write_json
+from core import flags
+from core.common import ROOT, UserError, cores, read_config, write_json
+from core.flags import whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked. UserError for what makes no sense."""
-    p = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench", description=__doc__)
     p.add_argument("--model",
                    help="a model folder: a Llama, or a vision-language model (config.json tells)")
     p.add_argument("--peer", action="store_true", help="transformers as well, on the same folder")
@@ -46,17 +50,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--quant", choices=["int8"], help="8-bit weights, ours only")
     p.add_argument("--pack", action="store_true",
                    help="lay half-precision weights out for decoding, ours only")
-    p.add_argument("--tokens", type=int, default=64, help="to generate (default 64)")
-    p.add_argument("--prompt", type=int,
+    p.add_argument("--tokens", type=whole(2, 1 << 20), default=64,
+                   help="to generate (default 64)")
+    p.add_argument("--prompt", type=whole(2, 1 << 20),
                    help="positions of the prompt, the picture's among them (default: text 64, or "
                    "the picture and 51)")
-    p.add_argument("--rounds", type=int, default=3, help="how often each side runs (default 3)")
-    p.add_argument("--threads", type=int, default=cores(),
+    p.add_argument("--rounds", type=whole(1, 1000), default=3,
+                   help="how often each side runs (default 3)")
+    p.add_argument("--threads", type=whole(1, 1024), default=cores(),
                    help="default: one for each core this process may use")
     p.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
     p.add_argument("--cost", action="store_true",
                    help="what int8 costs (--model: default the bundled one)")
-    p.add_argument("--n", type=int, default=500, help="questions for --cost")
+    p.add_argument("--n", type=whole(1, 1_000_000), default=500, help="questions for --cost")
     p.add_argument("--child", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     check(args)
@@ -67,10 +73,6 @@ def check(args: argparse.Namespace) -> None:
     """UserError for arguments that contradict each other or can't be had here."""
     if not args.model and not args.cost:
         raise UserError("give --model DIR (or --cost)")
-    too_few = args.tokens < 2 or (args.prompt is not None and args.prompt < 2)
-    if too_few or min(args.rounds, args.threads, args.n) < 1:
-        raise UserError("--tokens and --prompt must be 2 or more, --rounds, --threads and --n 1 or "
-                        "more")
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"--json {args.json}: should be a file in a folder that exists")
     if args.pack and args.quant:

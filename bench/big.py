@@ -6,7 +6,6 @@ The records are invented: LLaVA's sources in their proportions, so many turns, s
 the pictures: 64 JPEGs of 640 x 480, under as many names as LLaVA's have (hard links), each shared
 by about two records. What has been invented stays in the folder for the next time.
 """
-import argparse
 import json
 import os
 import random
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 
 from clip import open_image, preprocess
+from core import flags
 from core.common import ROOT, UserError, run
 from training import reading
 
@@ -144,11 +144,11 @@ def look_at_pictures(folder: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.big", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench.big", description=__doc__)
     p.add_argument("--llm", required=True, help="a language model's folder: its tokenizer")
     p.add_argument("--folder", type=Path, required=True, help="for the json and the pictures")
-    p.add_argument("--n", type=int, default=665_000, help="records (default: %(default)s)")
+    p.add_argument("--n", type=flags.whole(1, flags.MANY), default=665_000,
+                   help="records (default: %(default)s)")
     p.add_argument("more", nargs="*", help="for data.py prepare, after --")
     args = p.parse_args()
     if not sys.platform.startswith("linux"):

@@ -23,7 +23,7 @@ import fast
 import train
 from ccra import VLM
 from clip import CLIPVision, CLIPVisionConfig
-from core import distributed
+from core import distributed, flags
 from core.common import run
 from core.tokenizer import IGNORE, IMAGE_TOKEN
 from core.weights import skeleton
@@ -32,15 +32,15 @@ from training import options, plan, setup, sharding
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m bench.card", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench.card", description=__doc__)
     p.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    p.add_argument("--micro", type=int, default=4, help="rows at a time (default: %(default)s)")
-    p.add_argument("--length", type=int, default=2048,
+    p.add_argument("--micro", type=flags.batch, default=4,
+                   help="rows at a time (default: %(default)s)")
+    p.add_argument("--length", type=flags.whole(1, 1 << 20), default=2048,
                    help="positions of a row (default: %(default)s)")
-    p.add_argument("--layers", type=int, default=32,
+    p.add_argument("--layers", type=flags.whole(1, 1000), default=32,
                    help="of the language model (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=5,
+    p.add_argument("--steps", type=flags.whole(1, flags.MANY), default=5,
                    help="after two that warm up (default: %(default)s)")
     p.add_argument("--gpu", choices=sorted(plan.GPUS), default="h100", help="default: %(default)s")
     p.add_argument("--parallel", choices=("none", "ddp", "fsdp"))

@@ -6,13 +6,14 @@ Random weights of Vicuna-7B's shape in bfloat16, a prompt of 627 positions. Answ
 lengths are timed, so that what comes once (reading the prompt, recording) falls out of the
 difference.
 """
-import argparse
 import time
 
 import torch
 from torch import Tensor
 
 import fast
+from core import flags
+from core.common import run
 from core.weights import skeleton
 from llama import Llama, LlamaConfig
 
@@ -42,8 +43,7 @@ def seconds(model: Llama, prompt: Tensor, n: int) -> float:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench.decode", description=__doc__)
     p.parse_args()
     model = invented()
     prompt = model.embed(torch.randint(3, 32000, (1, 627), device="cuda"))
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

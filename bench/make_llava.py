@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ccra import VLM
 from clip import CLIPVision, CLIPVisionConfig
+from core import flags
 from core.common import run, write_json
 from core.layouts import llava_hf_name
 from core.weights import INDEX, skeleton
@@ -97,17 +98,16 @@ def shared_out(sizes: dict, shards: int) -> list[list[str]]:
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m bench.make_llava", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench.make_llava", description=__doc__)
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
-    p.add_argument("--layers", type=int, default=32,
+    p.add_argument("--layers", type=flags.whole(1, 1000), default=32,
                    help="of the language model (default: %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument("--shards", type=int, default=3,
+    p.add_argument("--shards", type=flags.whole(1, 1000), default=3,
                    help="files (default: %(default)s, as on the hub)")
     p.add_argument("--tokenizer", type=Path,
                    help="a tokenizer.model of Llama 2 to put beside it; sample.py needs one")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=flags.seed, default=0)
     p.add_argument("--device", default="cpu",
                    help="that draws the numbers; a GPU draws others, faster")
     return p.parse_args()

@@ -22,7 +22,7 @@ import data
 import train
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision, CLIPVisionConfig
-from core import distributed
+from core import distributed, flags
 from core.common import run
 from core.tokenizer import IGNORE, IMAGE_TOKEN
 from core.weights import skeleton
@@ -82,12 +82,11 @@ def steps(model: VLM, args: argparse.Namespace, n: int = 2) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.peak", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m bench.peak", description=__doc__)
     p.add_argument("--shard", choices=("full", "grad"), default="full")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--micro", type=int, default=8)
-    p.add_argument("--max-length", type=int, default=512)
+    p.add_argument("--micro", type=flags.batch, default=8)
+    p.add_argument("--max-length", type=flags.whole(1, 1 << 20), default=512)
     args = p.parse_args()
     rank, args.gpus, _ = distributed.join("cpu", threads=1)
     args.parallel = "fsdp"

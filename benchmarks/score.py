@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import TASKS, mmvet
 from benchmarks.answers import Answer, read_answers
+from core import flags
 from core.common import UserError
 
 SUBMITTED = [task for task, module in TASKS.items() if hasattr(module, "submit")]
@@ -85,8 +86,8 @@ def show(metrics: dict, indent: int = 2) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """eval.py's own main, where --score is among its words."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="Score answers to a benchmark, "
-                                     "without a model.")
+    parser = flags.Parser(prog="eval.py", description="Score answers to a benchmark, without a "
+                          "model.")
     parser.add_argument("--score", required=True, choices=TASKS, metavar="TASK",
                         help=", ".join(TASKS))
     parser.add_argument("--json", action="store_true",

@@ -13,12 +13,15 @@ layers forget, are asked as well. What the tower makes of the scenes is computed
 finished run is a row of study/results.csv, with a bit for each question, so that all tables come
 from that file; a run that was stopped goes on, and one repeated gives the same row.
 """
+from core import common  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 from pathlib import Path
 
 import torch
 
-from core import common
+from core import flags
 from study.probes import show_probes
 from study.protocol import LLAMA_STEPS, OUT, QUESTIONS, RESULTS, ROWS, STEPS, SWEEPS, TOWERS
 from study.runs import make_towers, off_all, run_all
@@ -34,8 +37,7 @@ PLACES = {
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m study", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m study", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str, *places: str) -> argparse.ArgumentParser:
@@ -47,20 +49,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     c = command("probe", "fit a linear classifier to the patches of every layer, for one question "
                 "after the other, and print how often it is right (minutes)", "--towers")
-    c.add_argument("--n", type=int, default=3000,
+    c.add_argument("--n", type=flags.whole(2, 1_000_000), default=3000,
                    help="scenes to learn from, half as many to test with (default: %(default)s)")
     c = command("towers", "take the toy world's CLIP and let its Llama read about backgrounds "
                 "(minutes; what is there stays)", "--towers", "--out")
     c.add_argument("--source", type=Path, default=TOY,
                    help="the folder with the toy world's clip and llama, as `toy/retrain.sh` makes "
                    "them (default: %(default)s)")
-    c.add_argument("--llama-steps", type=int, default=LLAMA_STEPS, help="default: %(default)s")
+    c.add_argument("--llama-steps", type=flags.whole(1, flags.MANY), default=LLAMA_STEPS,
+                   help="default: %(default)s")
     c = command("run", "train and ask every row with every seed, unless that is done (ten minutes "
                 "each, on one core; several processes share the runs)", *PLACES)
     add_choice(c)
     c = command("off", "ask the trained models that `run` kept again, with parts of CCRA made "
                 "neutral, into off.csv beside --results", *PLACES)
-    c.add_argument("--questions", type=int, default=QUESTIONS, help="default: %(default)s")
+    c.add_argument("--questions", type=flags.whole(1, 1_000_000), default=QUESTIONS,
+                   help="default: %(default)s")
     c.set_defaults(steps=STEPS)
     c = command("table", "print what the finished runs say, in markdown, and draw it beside "
                 "--results", "--results")
@@ -77,13 +81,15 @@ def add_choice(c: argparse.ArgumentParser) -> None:
     rows = [*ROWS, *SWEEPS]
     c.add_argument("--only", nargs="+", choices=rows, metavar="ROW",
                    help=f"these rows alone, of: {', '.join(rows)}")
-    c.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these seeds alone")
+    c.add_argument("--seeds", nargs="+", type=flags.seed, metavar="SEED", help="these seeds alone")
     c.add_argument("--pilot", action="store_true", help="ccra and llava with the pilot's seeds")
     c.add_argument("--again", action="store_true",
                    help="also what has a row, which must come out the same")
-    c.add_argument("--steps", type=int, nargs=2, default=STEPS, metavar=("STAGE1", "STAGE2"),
+    c.add_argument("--steps", type=flags.whole(1, flags.MANY), nargs=2, default=STEPS,
+                   metavar=("STAGE1", "STAGE2"),
                    help="default: %(default)s; for other numbers give --results of their own")
-    c.add_argument("--questions", type=int, default=QUESTIONS, help="default: %(default)s")
+    c.add_argument("--questions", type=flags.whole(1, 1_000_000), default=QUESTIONS,
+                   help="default: %(default)s")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "what was finished or saved is kept, and the same command goes on from there")

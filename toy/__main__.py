@@ -8,6 +8,9 @@
 Between the last two come both stages of train.py. `sh toy/retrain.sh` does all four; that takes
 hours on two cores, and started again it goes on where it was stopped.
 """
+from core.common import run  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import math
 import shutil
@@ -15,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.common import UserError, read_config, run, write_json
+from core import flags
+from core.common import read_config, write_json
 from core.tokenizer import Tokenizer
 from core.weights import Tensors, save
 from data import EXAMPLE
@@ -83,26 +87,25 @@ def write_example(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m toy", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(prog="python -m toy", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="show | towers | ship")
     c = commands.add_parser("show", help="draw scenes and print their questions")
     c.set_defaults(run=show)
-    c.add_argument("--n", type=int, default=12, help="how many (default: 12)")
+    c.add_argument("--n", type=flags.whole(1, 100_000), default=12, help="how many (default: 12)")
     c.add_argument("--split", default="train2",
                    help="which: train1, train2, test0 (held out), or any word (default: train2)")
     c = commands.add_parser("towers", help="train the tokenizer, CLIP and Llama from nothing")
     c.set_defaults(run=towers)
-    c.add_argument("--clip-steps", type=int, default=4000, help="default: 4000")
-    c.add_argument("--llama-steps", type=int, default=4500, help="default: 4500")
+    c.add_argument("--clip-steps", type=flags.whole(1, flags.MANY), default=4000,
+                   help="default: 4000")
+    c.add_argument("--llama-steps", type=flags.whole(1, flags.MANY), default=4500,
+                   help="default: 4500")
     c.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
     c = commands.add_parser("ship", help="copy the trained model to assets/toy")
     c.set_defaults(run=ship)
     args = p.parse_args(argv)
-    if args.command == "show" and args.n < 1:
-        raise UserError("--n should be at least 1")
     args.run(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "what was finished is kept, and the same command goes on from there")

@@ -3,7 +3,6 @@
     python -m training.curve out/toy/stage2      reads log.csv there and draws loss.png beside it,
                                                  as train.py does itself
 """
-import argparse
 import csv
 import math
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from core import flags
 from core.canvas import Axes
 from core.common import UserError, run, write_beside
 
@@ -86,8 +86,7 @@ def draw(folder: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(description=__doc__)
     p.add_argument("folder", type=Path, help="what train.py wrote")
     draw(p.parse_args().folder)
 

@@ -1,13 +1,15 @@
 """train.py's arguments: what there is, its defaults, and what doesn't go together."""
 import argparse
 import os
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from importlib.util import find_spec
 from pathlib import Path
 
 import data
 from ccra import NAMED, NORMS, ORDERS
+from core import flags
 from core.common import UserError
+from core.flags import MANY, whole
 from training import plan
 from training.order import GROUPS
 
@@ -51,7 +53,7 @@ PLACES = {
 def arguments(argv: list[str] | None = None, about: str | None = None) -> argparse.Namespace:
     """train.py's arguments, complete. about: what -h says first. UserError for what makes no sense.
     """
-    p = ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(description=about)
     general(p)
     about_data(p.add_argument_group("data"))
     about_model(p.add_argument_group("model"))
@@ -73,7 +75,7 @@ def general(p) -> None:
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                    help="of matrix products; what is trained is kept in float32 (auto: bfloat16 "
                    "where the hardware multiplies it)")
-    p.add_argument("--threads", type=int, default=0,
+    p.add_argument("--threads", type=flags.threads, default=0,
                    help="CPU threads (default: torch's choice); they change rounding")
 
 
@@ -86,7 +88,7 @@ def about_data(g) -> None:
                    "--data: prepare's)")
     g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs "
                    "--data; default: modality-length in stage 2, as LLaVA, else none)")
-    g.add_argument("--workers", type=int,
+    g.add_argument("--workers", type=flags.workers,
                    help="processes that read pictures (default: toy world 1, else 4)")
 
 
@@ -111,16 +113,17 @@ def about_model(g) -> None:
 
 
 def about_steps(g) -> None:
-    g.add_argument("--batch", type=int, help="samples in a step, over all processes")
-    g.add_argument("--micro", type=int, help="samples in a forward pass of one process (default: 8 "
-                   "and 16; the toy world's 32 and 8)")
-    g.add_argument("--lr", type=float,
+    g.add_argument("--batch", type=flags.batch,
+                   help="samples in a step, over all processes")
+    g.add_argument("--micro", type=flags.batch, help="samples in a forward pass of one process "
+                   "(default: 8 and 16; the toy world's 32 and 8)")
+    g.add_argument("--lr", type=flags.real(1e-12, 10),
                    help="peak learning rate: 3%% warm-up, then half a cosine to zero")
-    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
-    g.add_argument("--steps", type=int, help="default: one epoch")
-    g.add_argument("--max-length", type=int, help="tokens of a row, the picture's included "
-                   "(default: 2048; for --plan of stage 1 640, since captions are short)")
-    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--warmup", type=flags.share, default=0.03, help="share of the steps")
+    g.add_argument("--steps", type=whole(1, MANY), help="default: one epoch")
+    g.add_argument("--max-length", type=whole(1, 1 << 20), help="tokens of a row, the picture's "
+                   "included (default: 2048; for --plan of stage 1 640, since captions are short)")
+    g.add_argument("--seed", type=flags.seed, default=42)
 
 
 def about_processes(g) -> None:
@@ -130,30 +133,32 @@ def about_processes(g) -> None:
     g.add_argument("--shard", choices=("full", "grad"), default="full", help="fsdp: slice "
                    "parameters between forward and backward, too (least memory, like ZeRO-3), or "
                    "keep them (less talk, like ZeRO-2)")
-    g.add_argument("--shard-size", type=int, default=0, help="fsdp: processes that share one copy "
-                   "of the model (default: those of one machine; further machines hold copies: "
-                   "HSDP)")
+    g.add_argument("--shard-size", type=whole(0, 65_536), default=0, help="fsdp: processes that "
+                   "share one copy of the model (default: those of one machine; further machines "
+                   "hold copies: HSDP)")
     g.add_argument("--recompute", action=BooleanOptionalAction, help="forget what happens inside "
                    "of a block and compute it again in the backward (default: with fsdp)")
     g.add_argument("--compile", action="store_true", help="torch.compile for every block")
 
 
 def about_running(g) -> None:
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    g.add_argument("--keep", type=int, default=2, help="how many checkpoints stay")
-    g.add_argument("--stop-after", type=int, default=0,
+    g.add_argument("--save-every", type=whole(1, MANY), default=100,
+                   help="steps between checkpoints")
+    g.add_argument("--keep", type=whole(1, 1000), default=2,
+                   help="how many checkpoints stay")
+    g.add_argument("--stop-after", type=whole(0, MANY), default=0,
                    help="stop after this step as if interrupted (0: never)")
-    g.add_argument("--ask-every", type=int, default=0, metavar="N",
+    g.add_argument("--ask-every", type=whole(0, MANY), default=0, metavar="N",
                    help="every N steps, answers to a few held-out questions of the toy world")
     g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
 
 
 def about_planning(g) -> None:
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
-    g.add_argument("--gpus", type=int, default=8, help="how many")
+    g.add_argument("--gpus", type=whole(1, 65_536), default=8, help="how many")
     g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
-    g.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak that is reached "
-                   "(docs/gpu.md: 38 to 43%%)")
+    g.add_argument("--mfu", type=flags.real(0.001, 1), default=0.4, help="share of the GPU's peak "
+                   "that is reached (docs/gpu.md: 38 to 43%%)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +166,6 @@ def about_planning(g) -> None:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The same arguments with every default filled in. UserError for what doesn't go together."""
-    check_numbers(args)
     choose_data(args)
     choose_model(args)
     choose_processes(args)
@@ -174,17 +178,6 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
     return args
-
-
-def check_numbers(args) -> None:
-    least = dict(batch=1, micro=1, steps=1, max_length=1, save_every=1, keep=1, gpus=1,
-                 stop_after=0, ask_every=0, threads=0, workers=0, shard_size=0)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: should be {low} or more")
-    if args.lr is not None and args.lr <= 0 or not 0 <= args.warmup <= 1 or args.mfu <= 0:
-        raise UserError("--lr and --mfu should be above 0, --warmup a share from 0 to 1")
 
 
 def choose_data(args) -> None:

@@ -10,7 +10,6 @@ thousands of records. LLaVA's 665,298 are better read once, ahead, by all cores:
 What the folder holds: training/prepared.py. Lengths are known then, so samples of like length can
 be put together: training/order.py.
 """
-import argparse
 import hashlib
 import math
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core import flags
 from core.common import Lock, UserError, cores, read_json, write_json
 from core.records import read_records
 from data import TEMPLATES
@@ -181,8 +181,8 @@ def fill(folder: Path, results: Iterator[tuple[Job, tuple]], bar: tqdm) -> Repor
         for look in looks:
             faults.append((look.reason, look.message))
             columns["paths"].add(look.path.encode(errors="surrogatepass"))
-            if look.odd:
-                report.example(report.odd, look.odd, look.path)
+            for odd in look.odd:
+                report.example(report.odd, odd, look.path)
         for row, picture in zip(rows, job.picture):
             if row.reason is None and picture >= 0:
                 row.reason, row.message = faults[picture]
@@ -251,7 +251,7 @@ def workplace(out: Path) -> Iterator[Path]:
 
 def main(argv: list[str]) -> None:
     """`python data.py prepare ...`"""
-    p = argparse.ArgumentParser(
+    p = flags.Parser(
         prog="data.py prepare", description="Read a json once: check its records and pictures, "
         "tokenise, and write a folder for train.py --data.")
     p.add_argument("--json", type=Path, metavar="FILE", required=True,
@@ -267,10 +267,10 @@ def main(argv: list[str]) -> None:
                    "it a picture is opened, a PNG's checksums are compared, a JPEG is decoded only "
                    "if it lacks its end, other formats always. Cost: about 1.1 ms a JPEG of "
                    "640 x 480 and core instead of 0.15")
-    p.add_argument("--workers", type=int, default=min(16, cores()),
+    p.add_argument("--workers", type=flags.workers, default=min(16, cores()),
                    help="processes that tokenise and look (default: one a core, 16 at most; 0: do "
                    "it all in this one)")
-    p.add_argument("--tolerate", type=float, default=0.01, metavar="SHARE",
+    p.add_argument("--tolerate", type=flags.share, default=0.01, metavar="SHARE",
                    help="of the records that may be left out (default: %(default)s)")
     args = p.parse_args(argv)
     prepare(args.json, args.images, args.out, args.llm, args.template, args.decode, args.workers,

@@ -7,29 +7,27 @@ pixel.
 
 Pictures and pages of single questions are drawn by sample.py (--heatmap, --html).
 """
-import argparse
 
-from core.common import UserError, run
+from core import flags
+from core.common import run
 from eval import load_model
 from toy import world as toy
 from viz.pointing import depths, pointing, show_depths, show_pointing
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(description=__doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--pointing", action="store_true",
                       help="score the maps of \"Where is the X?\" by X's box")
     what.add_argument("--depth", action="store_true",
                       help="mean depth of LWCA's weights by kind of question")
     p.add_argument("--model", default=toy.MODEL, help="a model folder that knows the toy world")
-    p.add_argument("--n", type=int, default=500, help="how many questions (--depth: of each kind)")
-    p.add_argument("--seed", type=int, default=0, help="which held-out questions")
+    p.add_argument("--n", type=flags.whole(2, 1_000_000), default=500,
+                   help="how many questions (--depth: of each kind)")
+    p.add_argument("--seed", type=flags.seed, default=0, help="which held-out questions")
     p.add_argument("--device", default="auto")
     args = p.parse_args(argv)
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: an interval takes 2 questions or more")
     model, tokenizer, _ = load_model(args.model, args.device, dtype="float32")
     if args.pointing:
         return show_pointing(pointing(model, tokenizer, args.n, args.seed))
