@@ -25,6 +25,9 @@ question is, by `prompt`; data sets yield `item`s; `make_batch` turns items into
 training and for asking. This file keeps a json in memory and tokenises records when they are
 wanted. For hundreds of thousands `python data.py prepare` tokenises all of them once.
 """
+from core.common import run  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import os
 import random
@@ -38,7 +41,8 @@ import torch
 from torch import Tensor
 
 from clip import open_image, preprocess
-from core.common import ROOT, UserError, run
+from core import flags
+from core.common import ROOT, UserError, visible
 from core.records import SLOT, Turns, check, encodable, lacks, name, read_records
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 
@@ -374,12 +378,6 @@ def paint(sample: Sample, tokenizer: Tokenizer, color: bool) -> str:
     return "".join(out)
 
 
-def visible(text: str) -> str:
-    """Control characters as their escapes: a terminal shall not obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-                   for c in text)
-
-
 def show(samples: list[Sample], tokenizer: Tokenizer, color: bool, names: list[str]) -> None:
     """Print samples as the model meets them, and how much of them it is made to predict."""
     marks = COLOURS if color else BRACKETS
@@ -396,7 +394,7 @@ def show(samples: list[Sample], tokenizer: Tokenizer, color: bool, names: list[s
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = flags.Parser(
         prog="data.py show", description="Check a json and its pictures, then print some records "
         "as the model would be trained on them: what it has to predict in green, the query "
         "underlined; in «» and ‹› where it isn't printed to a terminal.")
@@ -408,11 +406,11 @@ def arguments() -> argparse.Namespace:
                    help="a language model's folder, for its tokenizer")
     p.add_argument("--template", choices=TEMPLATES, default="v1",
                    help="plain: stage 1; v1: stage 2, the default")
-    p.add_argument("--n", type=int, default=3, help="how many records (default: %(default)s)")
-    p.add_argument("--seed", type=int, help="draw them at random (default: the first n)")
+    p.add_argument("--n", type=flags.whole(1, flags.MANY), default=3,
+                   help="how many records (default: %(default)s)")
+    p.add_argument("--seed", type=flags.seed,
+                   help="draw them at random (default: the first n)")
     args = p.parse_args(sys.argv[2:])
-    if args.n < 1:
-        raise UserError("--n should be at least 1")
     if args.json is None and args.images is not None:
         raise UserError("--images says where the pictures of a --json FILE are, and there is none")
     if args.json is not None and args.tokenizer is None:
@@ -430,7 +428,7 @@ def main() -> None:
         from training.prepare import main as prepare
         return prepare(sys.argv[2:])
     if command != "show":
-        print(__doc__)
+        print(__doc__ or "data.py show, data.py prepare: each has -h")       # python -OO has none
         if command not in ("-h", "--help", None):
             raise UserError(f"data.py has no command {command!r}: choose show or prepare")
         return
@@ -444,4 +442,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    preparing = sys.argv[1:2] == ["prepare"]
+    run(main, "nothing is prepared; the same command begins anew" if preparing else "")

@@ -22,6 +22,9 @@ In a chat, "/image FILE" changes the picture and begins anew, "/new" begins anew
 ends it, and Ctrl-C stops an answer. A new question changes what CCRA reads from the picture, so
 every turn reads picture and history again.
 """
+from core.common import run  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import sys
 import time
@@ -33,8 +36,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip import open_image, preprocess
-from core.common import UserError, read_config, run, write_beside, write_text
+from clip import preprocess
+from core import flags
+from core.common import UserError, read_config, write_beside, write_text
+from core.pictures import STDIN, label, read
 from core.records import Turns
 from data import item, make_batch, prompt
 from eval import load_model
@@ -43,6 +48,14 @@ from viz import explorer, figures, maps
 
 # --------------------------------------------------------------------------------------------------
 # Asking
+
+def picture(path: str, pipes: bool = False) -> Image.Image:
+    """A picture as a viewer shows it, upright. Says what isn't shown as it is stored."""
+    image, notes = read(path, upright=True, pipes=pipes)
+    for note in notes:
+        print(f"note: {label(path)}: {note}", file=sys.stderr)
+    return image
+
 
 class Asker:
     """A model that answers on stdout.
@@ -60,9 +73,8 @@ class Asker:
         self.toy = read_config(folder).get("world") == "toy"
         self.sights: list[maps.Sight] = []
 
-    def look(self, path: str | Path) -> Tensor:
+    def look(self, image: Image.Image) -> Tensor:
         """A picture's pixels (3, size, size). Says so if the model can't know what is in it."""
-        image = open_image(path)
         if self.toy and not toy.knows(image):
             print(f"note: {toy.KNOWS}", file=sys.stderr)
         return preprocess(image, **self.model.image)
@@ -141,7 +153,7 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
             if command == "/quit":
                 return
             elif command == "/image":
-                pixels, turns = asker.look(rest.strip()), []
+                pixels, turns = asker.look(picture(rest.strip())), []
             elif command == "/new":
                 turns = []
             elif command.startswith("/"):
@@ -177,9 +189,8 @@ def draw(args: argparse.Namespace, sights: list[list[maps.Sight]]) -> None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's. UserError for what doesn't go together, before a model is loaded."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--image", required=True, help="a picture file")
+    p = flags.Parser(description=__doc__)
+    p.add_argument("--image", required=True, help="a picture file; - reads it from stdin")
     p.add_argument("--q", action="append",
                    help="the question; given several times, each is asked by itself")
     p.add_argument("--chat", action="store_true",
@@ -192,11 +203,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("nothing was asked: give --q \"...\" or --chat")
     if args.chat and len(args.q or []) > 1:
         raise UserError("a --chat begins with one --q; ask the others at its prompt")
+    if args.chat and args.image in STDIN:
+        raise UserError("a --chat reads its questions from stdin; give --image a file")
     if args.quant and args.pack:
         raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or "
-                        "more")
     check_drawing(args)
     return args
 
@@ -218,12 +228,12 @@ def model_options(g) -> None:
 
 
 def answer_options(g) -> None:
-    g.add_argument("--temperature", type=float, default=0.0,
+    g.add_argument("--temperature", type=flags.temperature, default=0.0,
                    help="0 takes the likeliest token each time")
-    g.add_argument("--top-p", type=float, default=1.0,
+    g.add_argument("--top-p", type=flags.top_p, default=1.0,
                    help="draw among the likeliest tokens of this total probability")
-    g.add_argument("--max-new-tokens", type=int, default=128)
-    g.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
+    g.add_argument("--max-new-tokens", type=flags.whole(1, flags.MANY), default=128)
+    g.add_argument("--seed", type=flags.seed, default=0, help="for temperatures above 0")
 
 
 def drawing_options(g) -> None:
@@ -261,12 +271,13 @@ def check_drawing(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     args = arguments(argv)
-    image = open_image(args.image)     # before the model: a wrong path should fail at once
+    # before the model: a wrong path should fail at once; and once, since it may be a pipe
+    image = picture(args.image, pipes=True)
     draws = bool(args.heatmap or args.html)
     sights = []
     for folder in [args.model, *args.beside]:
         asker = Asker(args, folder)
-        pixels = asker.look(args.image)
+        pixels = asker.look(image)
         if args.chat:
             return chat(asker, pixels, args.q[0] if args.q else None)
         for question in args.q:

@@ -16,8 +16,12 @@ gradient. (LLaVA averages the means of micro-batches, which gives a token of a s
 weight.) A run that was stopped goes on where it was, bit for bit, when the same command is given
 again; on another number of processes, too, with sums in another order.
 """
+from core import common  # first: from here on Ctrl-C is a line
+
+# isort: split
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -33,7 +37,7 @@ import data
 import fast
 from ccra import VLM
 from clip import preprocess
-from core import common, distributed
+from core import distributed
 from core.common import Lock, UserError, lock, split, write_json
 from core.device import autocast_dtype
 from core.distributed import say, total, where
@@ -296,13 +300,18 @@ def complain(run: Run, step: int, rows: list[int], loss: float, norm: float, spo
 
 
 def loop(run: Run, start: int) -> bool:
-    """Steps start+1, start+2, ... True when it came to the end, False when --stop-after or SIGTERM
-    ended it."""
-    args, steps = run.args, run.course["steps"]
-    if 0 < args.stop_after <= start:
+    """Steps start+1, start+2, ... True when it came to the end, False when --stop-after or a signal
+    (training/stop.py) ended it."""
+    if 0 < run.args.stop_after <= start:
         return False
+    with Stop() as stop:
+        return all_steps(run, start, stop)
+
+
+def all_steps(run: Run, start: int, stop: Stop) -> bool:
+    """`loop`, from its first step on."""
+    args, steps = run.args, run.course["steps"]
     fast.keep_memory(run.device)
-    stop = Stop()
     todo, batches = feed(run, start)
     checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
     log = Log(args, start, steps) if where()[0] == 0 else None
@@ -473,7 +482,9 @@ def main(argv: list[str] | None = None) -> None:
     distributed.leave()
     if held:
         held.close()
+    if Stop.by_key:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "what was saved stays in --out, and the same command goes on from there")

@@ -3,10 +3,13 @@ locks."""
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from core import streams
 
 try:
     import fcntl
@@ -14,22 +17,51 @@ except ImportError:                 # Windows has no such locks: there two runs 
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent        # of the repository
+streams.quiet_start(ROOT)
 
 
 class UserError(Exception):
     """Something the user can put right. One line that names the thing and says what to do."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], kept: str = "") -> None:
     """Run a program's main(). A UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C
-    becomes 130."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    a line and 130; what becomes of stdout and stderr says core/streams.py.
+
+    kept: for a program whose work is kept in files, what becomes of it when it is interrupted. Such
+    a program goes on when nobody reads what it prints.
+    """
+    with streams.guarded(goes_on=bool(kept)):
+        streams.loud()
+        try:
+            main()
+        except UserError as e:
+            wait_for_first()
+            print(f"error: {visible(str(e))}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            if rank() == 0:
+                print(f"\ninterrupted{kept and '; '}{kept}", file=sys.stderr)
+            sys.exit(130)
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def wait_for_first() -> None:
+    """What all processes of a torchrun find wrong, the first one says: then torchrun ends the
+    others, before they come out of here. What another one finds alone, that one says."""
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2 + min(rank(), 64) / 2)
+
+
+def visible(text: str) -> str:
+    """Control characters as their escapes: a terminal shall not obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def cores() -> int:
