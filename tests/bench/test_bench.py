@@ -81,7 +81,7 @@ def test_what_is_refused(folder, tmp_path):
     for given, words in ((["--model", tmp_path / "none"], "none"), ([], "--model"),
                          (["--model", folder, "--pack", "--quant", "int8"], "--pack"),
                          (["--model", toy.MODEL, "--peer"], "nanoccra"),
-                         (["--model", folder, "--tokens", "1"], "2 or more"),
+                         (["--model", folder, "--tokens", "1"], "from 2 to"),
                          (["--model", folder, "--json", tmp_path / "none" / "x.json"], "--json")):
         done = run(*given)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
