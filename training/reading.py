@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
 import data
-from clip import open_image
 from core.common import UserError
+from core.pictures import inspect, is_address, label
 from core.records import check, inside, lacks, name
 from core.tokenizer import IGNORE, Tokenizer
 from training.prepared import pack
@@ -59,10 +59,11 @@ class Row:
 
 @dataclass
 class Look:
-    """A picture, looked at: where it was found, and what is odd about a file that can be read and
-    isn't what its name says; or the reason why it is of no use, with a message."""
+    """A picture, looked at: where it was found, and what is odd about a file that can be read: it
+    isn't what its name says, or isn't shown as it is stored (core/pictures.py); or the reason why
+    it is of no use, with a message."""
     path: str
-    odd: str | None = None
+    odd: list[str] = field(default_factory=list)
     reason: str | None = None
     message: str = ""
 
@@ -195,18 +196,18 @@ def look(root: Path, path: str, decode: bool) -> Look:
     """
     there = find(root, path)
     if there is None:
-        return Look(path, reason="its picture is missing", message=f"no such image: {path!r}")
+        why = "is a web address; download it first" if is_address(path) else "no such image"
+        return Look(path, reason="its picture is missing", message=f"{why}: {path!r}")
     file = root / os.path.normpath(there)
     try:
-        kind = try_to_open(file, decode)
-    except Exception as e:            # as in open_image, Pillow's decoders raise whatever they like
-        why = " ".join(str(e).removeprefix(f"{file}: ").split()) or type(e).__name__
+        kind, odd = inspect(file, decode)
+    except UserError as e:
+        why = str(e).removeprefix(f"{label(file)}: ").removeprefix("cannot be read as an image ")
         return Look(path, reason="its picture can't be read", message=f"{path!r}: {why}")
-    odd = None
     if there != path:
-        odd = f"called {file.suffix} instead of {os.path.splitext(path)[1]}"
+        odd.append(f"called {file.suffix} instead of {os.path.splitext(path)[1]}")
     elif kind != Image.registered_extensions().get(file.suffix.lower()):
-        odd = f"{kind} called {file.suffix}"
+        odd.append(f"{kind} called {file.suffix}")
     return Look(there, odd)
 
 
@@ -218,26 +219,3 @@ def find(root: Path, path: str) -> str | None:
     others = [stem + ending for ending in OTHER_NAMES
               if ending != last and os.path.isfile(root / (stem + ending))]
     return others[0] if len(others) == 1 else None
-
-
-def try_to_open(file: Path, decode: bool) -> str:
-    """What kind of picture a file is, in Pillow's words ("JPEG"). Raises anything if it is broken,
-    as far as that can be told without decoding it in full."""
-    with Image.open(file) as image:
-        kind = image.format
-        if kind == "PNG" and not decode:
-            image.verify()                               # reads it all, and compares its checksums
-        elif kind == "JPEG" and (decode or not ends_well(file)):
-            image.draft("RGB", (1, 1))                   # to an eighth of its size: cheaper, and
-            image.load()                                 # all of its bytes are read
-        elif kind not in ("PNG", "JPEG") or decode:
-            open_image(file)
-    return kind
-
-
-def ends_well(file: Path) -> bool:
-    """Whether a JPEG file ends with its end marker, which one that was cut doesn't. (Some whole
-    ones don't either.)"""
-    with open(file, "rb") as f:
-        f.seek(-2, os.SEEK_END)
-        return f.read() == b"\xff\xd9"
