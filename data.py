@@ -40,9 +40,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip import open_image, preprocess
+from clip import read_pixels
 from core import flags
 from core.common import ROOT, UserError, visible
+from core.pictures import is_address, remarks, survey
 from core.records import SLOT, Turns, check, encodable, lacks, name, read_records
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 
@@ -207,6 +208,7 @@ class LlavaJson:
     size: int
     pad: bool
     sha256: str                 # of the file
+    upright: bool = False       # turn pictures as their orientation tags say
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -227,8 +229,8 @@ class LlavaJson:
         if self.image_root is None:
             raise UserError(f"{self.file}: {self.record_id(i)} has a picture: say in which folder "
                             "the pictures are")
-        image = open_image(self.image_root / os.path.normpath(path))
-        return preprocess(image, self.size, self.pad)                              # (3, size, size)
+        return read_pixels(self.image_root / os.path.normpath(path), self.size, self.pad,
+                           self.upright)                                           # (3, size, size)
 
     def __getitem__(self, i: int) -> dict:
         return item(self.sample(i), self.pixels(i))
@@ -236,14 +238,15 @@ class LlavaJson:
 
 def load(json_path: str | Path, image_root: str | Path | None, tokenizer: Tokenizer,
          template: str = "v1", size: int = 336, pad: bool | None = None,
-         say: Callable = print) -> LlavaJson:
+         say: Callable = print, upright: bool = False) -> LlavaJson:
     """Read a LLaVA json and check all of it at once: a bad record or a missing picture shall not
     end a run hours later.
 
     Records that can't be learnt from are left out, counted by reason, in one line given to `say`.
     UserError for anything that isn't LLaVA's format, for picture paths that lead out of image_root,
     for pictures that aren't there. image_root None: don't look for pictures (an item that has one
-    is a UserError then). pad None: as in LLaVA, "plain" crops and "v1" pads.
+    is a UserError then). pad None: as in LLaVA, "plain" crops and "v1" pads. upright: turn pictures
+    as their orientation tags say; what isn't shown as it is stored is counted, and said.
     """
     file = Path(json_path)
     image_root = None if image_root is None else Path(image_root)
@@ -263,21 +266,34 @@ def load(json_path: str | Path, image_root: str | Path | None, tokenizer: Tokeni
         raise UserError(f"{file}: not one record can be learnt from")
     if image_root is not None:
         _look_for_pictures({i: records[i]["image"] for i in numbers if "image" in records[i]},
-                           image_root, records, file)
+                           image_root, records, file, say, upright)
     pad = template == "v1" if pad is None else pad
-    return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad, sha256)
+    return LlavaJson(records, numbers, file, image_root, tokenizer, template, size, pad, sha256,
+                     upright)
 
 
-def _look_for_pictures(named: dict[int, str], image_root: Path, records: list, file: Path) -> None:
-    """UserError if one of the pictures, {record's number: path}, isn't there."""
+def _look_for_pictures(named: dict[int, str], image_root: Path, records: list, file: Path,
+                       say: Callable, upright: bool) -> None:
+    """UserError if one of the pictures, {record's number: path}, isn't there, or can't be read as
+    far as that shows without decoding all of them."""
     first = {path: i for i, path in reversed(named.items())}       # path -> first record
     missing = [path for path in dict.fromkeys(named.values())
                if not os.path.isfile(os.path.join(image_root, os.path.normpath(path)))]
     if missing:
         i = first[missing[0]]
         whose = name(records[i], f"record {i}")
+        way_on = " (a web address: download it first)" if is_address(missing[0]) else ""
         raise UserError(f"{len(missing)} of {len(first)} pictures named in {file} are missing "
-                        f"under {image_root}; first: {missing[0]!r} of {whose}")
+                        f"under {image_root}; first: {missing[0]!r} of {whose}{way_on}")
+    files = {image_root / os.path.normpath(path): i for path, i in first.items()}
+    notes, faults = survey(files)
+    if faults:
+        bad, why = next(iter(faults.items()))
+        whose = name(records[files[bad]], f"record {files[bad]}")
+        raise UserError(f"{len(faults)} of {len(first)} pictures named in {file} can't be read; "
+                        f"put them right, or leave their records out; first: {why}, of {whose}")
+    for line in remarks(notes, upright):
+        say(line)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ import select
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,25 +123,50 @@ def read(source: Source, upright: bool = False,
     return shown, notes
 
 
-def inspect(path: str | Path, decode: bool = False) -> tuple[str, list[str]]:
+def inspect(source: str | Path | bytes, decode: bool = False) -> tuple[str, list[str]]:
     """Whether a file can be read: (what it is, in Pillow's words: "JPEG"; `read`'s notes).
 
     UserError as from `read`, as far as it can be told without decoding a PNG or a JPEG in full.
     decode: decode these, too (a JPEG to an eighth of its size).
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         kind = image.format
         plain = image.mode in ("1", "L", "P", "RGB", "CMYK") and not _has_alpha(image)
         if not plain or kind not in ("PNG", "JPEG") or decode and kind == "PNG":
-            return kind, read(path)[1]
+            return kind, read(source)[1]
         orientation = _orientation(image) if kind == "JPEG" or "exif" in image.info else 1
         notes = _frames(image) + _stored(orientation)
         if kind == "PNG":
             image.verify()                               # reads it all, and compares its checksums
-        elif decode or not _ends_well(path):
+        elif decode or not _ends_well(source):
             image.draft("RGB", (1, 1))                   # to an eighth of its size: cheaper, and
             image.load()                                 # all of its bytes are read
     return kind, notes
+
+
+def survey(sources: Iterable[str | Path | bytes]) -> tuple[Counter, dict]:
+    """`inspect` many: how often each note, and what is wrong with those that can't be read."""
+    notes, faults = Counter(), {}
+    for source in sources:
+        try:
+            notes.update(inspect(source)[1])
+        except UserError as e:
+            faults[source] = str(e)
+    return notes, faults
+
+
+def remarks(notes: dict[str, int], upright: bool) -> list[str]:
+    """What to say before work on pictures begins. notes: how often each. Lines."""
+    turned = sum(count for note, count in notes.items() if TURNED in note)
+    others = [f"{count} {note}" for note, count in notes.items() if TURNED not in note]
+    lines = []
+    if others:
+        lines.append(f"note: pictures, not all as they are stored: {', '.join(others)}")
+    if turned:
+        how = "turned upright" if upright else "taken so, as LLaVA does: --upright turns them"
+        lines.append(f"note: {turned} pictures are stored on their side, mirrored or upside down "
+                     f"(EXIF) and are {how}")
+    return lines
 
 
 def is_address(path: str) -> bool:
@@ -233,7 +259,7 @@ def _identified(content: str | Path | BinaryIO, suffix: str, what: str) -> Image
     except UnidentifiedImageError:
         head = _head(content)
         if not head:
-            raise UserError(f"{what}: is empty (0 bytes), not a picture") from None
+            raise UserError(f"{what}: cannot be read as an image (it is empty, 0 bytes)") from None
         if foreign := _foreign(head, suffix):
             raise _not_read(what, foreign) from None
         raise UserError(f"{what}: cannot be read as an image (its content is of no known kind: "
@@ -298,10 +324,10 @@ def _check_size(image: Image.Image, what: str) -> None:
                         f"be {long} x {long}; cut it, or make it smaller")
 
 
-def _ends_well(path: str | Path) -> bool:
+def _ends_well(source: str | Path | bytes) -> bool:
     """Whether a JPEG file ends with its end marker, which one that was cut doesn't. (Some whole
     ones don't either.)"""
-    with open(path, "rb") as f:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as f:
         f.seek(-2, os.SEEK_END)
         return f.read() == b"\xff\xd9"
 

@@ -86,6 +86,8 @@ def about_data(g) -> None:
                    "hundreds of thousands")
     g.add_argument("--images", help="the folder that the pictures' paths are relative to (with "
                    "--data: prepare's)")
+    g.add_argument("--upright", action="store_true", help="turn pictures as their orientation tags "
+                   "(EXIF) say; LLaVA takes them as stored, which is the default")
     g.add_argument("--group", choices=GROUPS, help="samples of like length into a step (needs "
                    "--data; default: modality-length in stage 2, as LLaVA, else none)")
     g.add_argument("--workers", type=flags.workers,
@@ -194,6 +196,8 @@ def choose_data(args) -> None:
         raise UserError("--plan is about LLaVA's data and sizes like it: leave --world toy out")
     if args.images and not given and args.world == "toy":
         raise UserError("--images belongs to --json or --data")
+    if args.upright and args.world == "toy":
+        raise UserError("--upright belongs to --json or --data: no toy picture is turned")
     if args.stage == 1 and args.model:
         raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and "
                         "--llm")

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -30,8 +31,9 @@ import torch
 from torch import Tensor
 
 import data
-from clip import open_image, preprocess
+from clip import read_pixels
 from core.common import UserError, read_json
+from core.pictures import remarks
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 from data import Sample
 
@@ -91,14 +93,17 @@ class Prepared:
     that can't be read any more is noted there and said once on stderr, and the sample goes on with
     an empty picture and without labels: a batch has as many rows as it would have had, so all
     processes still do the same, and nothing is learnt from that row. Without it, it is a UserError;
-    so are more such pictures than 1% (or 10): then it isn't the pictures that are broken.
+    so are more such pictures than 1% (or 10): then it isn't the pictures that are broken. upright,
+    say: as in data.load.
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None, tokenizer: Tokenizer,
                  template: str, size: int = 336, pad: bool | None = None,
-                 damaged: Path | None = None):
+                 damaged: Path | None = None, upright: bool = False,
+                 say: Callable = lambda line: None):
         self.folder = Path(folder)
         self.tokenizer, self.size, self.damaged = tokenizer, size, damaged
+        self.upright = upright
         if not (self.folder / "report.json").is_file():
             raise UserError(f"{folder}: not a prepared folder; `python data.py prepare ... "
                             f"--out {folder}` makes it")
@@ -119,6 +124,9 @@ class Prepared:
             raise UserError(f"{self.images}: no such folder; say where the pictures of {folder} "
                             "are (--images DIR)")
         self.pad = template == "v1" if pad is None else pad
+        odd = self.report.get("odd_pictures", {})
+        for line in remarks({note: entry["count"] for note, entry in odd.items()}, upright):
+            say(line)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -177,7 +185,7 @@ class Prepared:
         path = self.path(i)
         if path is None:
             return torch.zeros(3, self.size, self.size)
-        return preprocess(open_image(path), self.size, self.pad)
+        return read_pixels(path, self.size, self.pad, self.upright)
 
     def __getitem__(self, i: int) -> dict:
         sample = self.sample(i)
