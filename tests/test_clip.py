@@ -18,6 +18,7 @@ from clip import (
     attention,
     open_image,
     preprocess,
+    read_pixels,
 )
 from core.common import UserError
 from core.layouts import Folder
@@ -279,27 +280,14 @@ def test_slivers_are_refused_before_they_fill_the_memory():
         preprocess(Image.new("RGB", (0, 5)), 336, pad=False)
 
 
-def test_open_image(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    noise(20, 10, "P").save(path)
-    assert open_image(path).mode == "RGB" and open_image(str(path)).size == (20, 10)
-    exif = Image.Exif()
+def test_read_pixels_is_open_image_and_preprocess(tmp_path):
+    image, exif = noise(20, 10), Image.Exif()
     exif[274] = 6                                           # "turn me by 90 degrees": LLaVA doesn't
-    noise(20, 10).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (20, 10)
-    (tmp_path / "half.png").write_bytes(path.read_bytes()[:150])
-    noise(200, 200).save(tmp_path / "whole.jpg")
-    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "zero.ppm").write_bytes(b"P6 0 4 255\n")
-    for name in ("missing.png", "half.png", "half.jpg", "text.jpg", "empty.jpg", "zero.ppm", "."):
-        with pytest.raises(UserError) as error:
-            open_image(tmp_path / name)
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match="a.png.*bomb"):
-        open_image(path)
+    image.save(tmp_path / "a.png", exif=exif)
+    for upright, seen in ((False, image), (True, image.rotate(-90, expand=True))):
+        assert torch.equal(read_pixels(tmp_path / "a.png", 28, True, upright),
+                           preprocess(seen, 28, True))
+    assert open_image(str(tmp_path / "a.png")).size == (20, 10)
 
 
 # --------------------------------------------------------------------------------------------------
