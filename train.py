@@ -38,14 +38,14 @@ import fast
 from ccra import VLM
 from clip import preprocess
 from core import distributed
-from core.common import Lock, UserError, lock, split, write_json
+from core.common import UserError, split, write_json
 from core.device import autocast_dtype
-from core.distributed import say, total, where
+from core.distributed import say, together, total, where
 from core.tokenizer import Tokenizer
 from toy.dataset import ToyScenes
 from toy.exam import exam
 from toy.world import draw
-from training import curve, plan, setup, sharding
+from training import plan, setup, sharding
 from training.checkpoints import Checkpoints
 from training.log import Log, describe
 from training.options import TOY_STEPS, arguments, check_places
@@ -127,6 +127,7 @@ class Run:
     course: dict                        # `settings`: what decides the course of the run
     device: torch.device
     dtype: torch.dtype                  # of products, by autocast
+    size: int                           # bytes of the model that it ends with
 
     @property
     def vlm(self) -> VLM:
@@ -145,6 +146,8 @@ def settings(args: argparse.Namespace, dataset) -> dict:
         given = dict(sha256_of_json=dataset.sha256)
     if args.fuser:
         given["fuser"] = args.fuser
+    if args.upright:
+        given["upright"] = True
     return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n,
                 batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
                 max_length=args.max_length, mode=args.mode, query=args.query, dtype=args.dtype,
@@ -157,9 +160,10 @@ def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer, size: int):
     template = "plain" if args.stage == 1 else "v1"
     if args.data:
         return Prepared(args.data, args.images, tokenizer, template, size,
-                        damaged=args.out / "damaged.jsonl")
+                        damaged=args.out / "damaged.jsonl", upright=args.upright, say=say)
     if args.json:
-        return data.load(args.json, args.images, tokenizer, template, size, say=say)
+        return data.load(args.json, args.images, tokenizer, template, size, say=say,
+                         upright=args.upright)
     n = (args.steps or TOY_STEPS[args.stage]) * args.batch
     return ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
 
@@ -314,7 +318,8 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
     fast.keep_memory(run.device)
     todo, batches = feed(run, start)
     checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
-    log = Log(args, start, steps) if where()[0] == 0 else None
+    with together():
+        log = Log(args, start, steps) if where()[0] == 0 else None
     spoilt = 0
     for step, (rows, mine, counting) in enumerate(todo, start + 1):
         # data
@@ -341,9 +346,12 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
         # save
         ends = step == args.stop_after or asked > 0
         if step % args.save_every == 0 or step == steps or ends:
+            with together():
+                if log:
+                    log.check()
             checkpoints.save(step, run.trained, run.optimizer, run.course)
             if log:
-                curve.draw(args.out)
+                log.draw()
         # ask
         if args.ask_every and step % args.ask_every == 0:
             say_answers(run, step)
@@ -388,21 +396,14 @@ def sketch(args: argparse.Namespace) -> VLM:
     return model
 
 
-def claim(folder, rank: int) -> Lock | None:
-    """Make the folder of --out, and in the first process make it this run's alone. UserError if it
-    can't be."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file; choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return lock(folder) if rank == 0 else None
-
-
 def begin(args: argparse.Namespace, model: VLM, tokenizer: Tokenizer, dataset,
           device: torch.device) -> Run:
     """The run of a model from `build`: its parts frozen or in float32, its blocks as the flags say,
     shared out over processes."""
     dtype = autocast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     trained = freeze(model, args.stage, args.mode, args.train_vision)
+    course = settings(args, dataset) | dict(basis=setup.basis(model, tokenizer, args.stage))
+    size = setup.size_at_end(model, args.stage, dtype)
     save_precision(trained, model, dtype)
     fast.prepare(model)
     if args.compile:
@@ -412,21 +413,19 @@ def begin(args: argparse.Namespace, model: VLM, tokenizer: Tokenizer, dataset,
     mesh = sharding.layout(device, args.shard_size) if args.parallel == "fsdp" else None
     shared = sharding.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = trained_of(model)                     # sliced parameters are others than before
-    return Run(args, shared, trained, adamw(trained, args.lr), dataset, tokenizer,
-               settings(args, dataset), device, dtype)
+    return Run(args, shared, trained, adamw(trained, args.lr), dataset, tokenizer, course, device,
+               dtype, size)
 
 
 def resume(run: Run) -> int:
-    """The step to go on from, after loading its checkpoint. UserError if processes find different
-    ones."""
-    out = run.args.out
-    checkpoints = Checkpoints(out / "checkpoints", run.args.keep)
-    checkpoints.check_room(run.trained)
+    """The step to go on from, after loading its checkpoint. UserError if there isn't room for what
+    is still to be written."""
+    args = run.args
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
     start = checkpoints.load(run.trained, run.optimizer, run.course)
-    one, two = total(float(start), float(start) ** 2, device=run.device)
-    if one ** 2 != two * where()[1]:
-        raise UserError(f"{out}: the processes find different checkpoints there; it has to be one "
-                        "folder for all machines")
+    left = math.ceil((run.course["steps"] - start) / args.save_every)
+    with together():
+        checkpoints.check_room(run.trained, left, run.size)
     return start
 
 
@@ -440,7 +439,8 @@ def write_model(run: Run) -> None:
     """
     args, model = run.args, run.vlm
     first = where()[0] == 0
-    found = dict(build(args)[0].named_parameters()) if first and args.stage == 1 else {}
+    with together():
+        found = setup.found_again(run) if first and args.stage == 1 else {}
     tensors = {}
     for name, p in model.named_parameters():
         tensor = sharding.whole(p)         # one after the other: a card never holds the whole model
@@ -452,9 +452,10 @@ def write_model(run: Run) -> None:
             tensors[name] = tensor.to("cpu", torch.float32)
         else:
             tensors[name] = found[name].detach()
-    if first:
-        model.save_pretrained(args.out, tokenizer_file=run.tokenizer.file, tensors=tensors)
-        write_json(args.out / "train.json", {**run.course, "model": setup.choices(model)})
+    with together():
+        if first:
+            model.save_pretrained(args.out, tokenizer_file=run.tokenizer.file, tensors=tensors)
+            write_json(args.out / "train.json", {**run.course, "model": setup.choices(model)})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -463,11 +464,11 @@ def main(argv: list[str] | None = None) -> None:
         print(plan.report(args, sketch(args)))
         return
     check_places(args)
-    rank, _, device = distributed.join(args.device, args.threads)
+    *_, device = distributed.join(args.device, args.threads)
     torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
-    held = claim(args.out, rank)
+    held = setup.claim(args.out)
     run = begin(args, model, tokenizer, dataset, device)
     start = resume(run)
     say(describe(run, start))

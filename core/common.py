@@ -1,5 +1,6 @@
 """What every program here needs, with or without torch: the error for users, JSON, atomic writes,
 locks."""
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from core import streams
@@ -122,15 +124,59 @@ def read_config(dir: str | Path) -> dict:
 
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """Write NAME.tmp, then rename it to NAME: a reader finds the old file or the new one, whole,
-    even after a crash. UserError if it can't be written."""
+    even after a crash or a power cut. UserError if it can't be written."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         write(tmp)
+        sync(tmp)
         os.replace(tmp, path)
+        sync(path.parent)
     except OSError as e:
         raise UserError(f"{path}: cannot write it ({e.strerror or e})") from e
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):                      # which would hide the cause
+            tmp.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Until the disk itself has what was written to a file, or which names are in a folder.
+    OSError if it can't."""
+    if path.is_dir() and os.name == "nt":            # Windows opens no folders
+        return
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):           # some file systems lack it
+            raise
+    finally:
+        os.close(file)
+
+
+def make_folder(path: str | Path, flag: str = "--out") -> Path:
+    """A folder that can be written to, made if it isn't there. flag: of the command line, by which
+    it was chosen. UserError if it can't be."""
+    path, why = Path(path), ""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            why = "nothing can be written there: no permission, or a read-only disk"
+    except FileExistsError:
+        why = "is a link that leads nowhere" if path.is_symlink() else "is a file"
+    except OSError as e:
+        why = f"cannot make this folder ({e.strerror or e})"
+    if why:
+        raise UserError(f"{flag} {path}: {why}; choose a folder that can be written to")
+    return path
+
+
+def clear_tmp(folder: Path, *names: str) -> None:
+    """Remove what a kill left of writing these files; names: as shell patterns. For who alone
+    writes to the folder."""
+    for name in names:
+        for path in folder.glob(f"{name}.tmp"):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,7 +214,9 @@ class Lock:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:                         # some systems say EACCES instead of EAGAIN
             self.file.close()
-            raise BlockingIOError from e
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError from e
+            raise
 
     def close(self) -> None:
         self.file.close()
@@ -181,17 +229,21 @@ class Lock:
 
 
 def lock(folder: Path, what: str = "training") -> Lock:
-    """Make this the only program that writes to a folder. UserError if there is another."""
+    """Make this the only program that writes to a folder. UserError if there is another, or if
+    nothing can be written there."""
     try:
         return Lock(folder)
     except BlockingIOError:
         raise UserError(f"{folder}: another {what} writes there; wait for it, stop it, or choose "
                         "another --out") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write there ({e.strerror or e}); choose another "
+                        "--out") from e
 
 
 def wait_for(folder: Path) -> Lock:
     """`lock`, once nobody else has it. The folder is made if it isn't there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     while True:
         try:
             return Lock(folder)

@@ -4,11 +4,15 @@ torchrun starts them. Everything here also works in one process alone, which the
 for. What they share, a model for instance, is no concern of this file (see training/sharding.py).
 """
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from core.common import UserError
 from core.device import pick_device
 
 
@@ -51,6 +55,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def note(line: str) -> None:
+    """Print `note: ...` on stderr, in the first process alone."""
+    if where()[0] == 0:
+        print(f"note: {line}", file=sys.stderr, flush=True)
+
+
 def wait() -> None:
     """Until all processes have come here."""
     if dist.is_initialized():
@@ -64,6 +74,28 @@ def total(*numbers: float, device: torch.device | str = "cpu") -> float | list[f
     x = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(x)
     return x.item() if len(numbers) == 1 else x.tolist()
+
+
+def gather(thing) -> list:
+    """What each process has to say, a small plain object, by rank."""
+    if not dist.is_initialized():
+        return [thing]
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, thing)
+    return said
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """`with together():` a piece of work that all processes have done, or none goes on: the first
+    one's UserError (or a kind of it) is raised in all of them. They meet at its end."""
+    fault = None
+    try:
+        yield
+    except UserError as e:
+        fault = e
+    for first in filter(None, gather(fault)):
+        raise first
 
 
 def leave() -> None:

@@ -1,16 +1,16 @@
 """What a training says: what it is, in a line; then of every step a line on stdout and a row of
 log.csv, which training/curve.py draws."""
-import csv
 import math
+import os
 import resource
 import sys
 import time
 
 import torch
 
-from core.common import write_text
+from core.common import UserError, write_text
 from core.distributed import where
-from training import plan
+from training import curve, plan
 from training.options import PAPER_STEPS
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "data_wait",
@@ -45,20 +45,46 @@ class Log:
         self.start = start
         self.steps = steps
         self.began = time.perf_counter()
-        path = args.out / "log.csv"
-        before = path.read_text().splitlines() if start and path.exists() else []
-        numbers = [line.partition(",")[0] for line in before]
-        # what an interrupted run logged after its last checkpoint is done again
-        rows = [line for line, number in zip(before, numbers)
-                if number.isdecimal() and int(number) <= start]
-        write_text(path, "\n".join([",".join(COLUMNS), *rows, ""]))
-        self.file = open(path, "a", newline="")
-        self.csv = csv.writer(self.file, lineterminator="\n")
+        self.path = args.out / "log.csv"
+        self.fault = None                            # why a row is missing in the file
+        try:
+            write_text(self.path, "\n".join([",".join(COLUMNS), *self.before(), ""]))
+            self.file = open(self.path, "ab", buffering=0)
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot write it ({e.strerror or e})") from e
         self.wandb = None
         if args.wandb:
             import wandb
             self.wandb = wandb.init(project="nanoccra", dir=args.out,
                                     config={k: str(v) for k, v in vars(args).items()})
+
+    def before(self) -> list[str]:
+        """The rows to go on behind. What an interrupted run logged after its last checkpoint is
+        done again."""
+        if not self.start or not self.path.exists():
+            return []
+        lines = self.path.read_text(errors="replace").splitlines()
+        rows = [line.split(",") for line in lines]
+        return [line for line, (number, *rest) in zip(lines, rows)
+                if len(rest) == len(COLUMNS) - 1 and number.isdecimal()
+                and int(number) <= self.start]
+
+    def check(self) -> None:
+        """UserError unless all rows are in the file: a checkpoint shall not be ahead of it."""
+        try:
+            os.fsync(self.file)
+        except OSError as e:
+            self.fault = self.fault or e.strerror or str(e)
+        if self.fault:
+            raise UserError(f"{self.path}: cannot write it ({self.fault}); mend that, and the same "
+                            "command goes on from the last checkpoint")
+
+    def draw(self) -> None:
+        """The losses so far as a picture. Nothing else hangs on it."""
+        try:
+            curve.draw(self.path.parent)
+        except (UserError, OSError) as e:
+            print(f"warning: {e}; the training goes on without this picture", file=sys.stderr)
 
     def row(self, step: int, loss: float, lr: float, norm: float, tokens: float, samples: int,
             seconds: float, waited: float, work: float, device: torch.device) -> None:
@@ -76,8 +102,12 @@ class Log:
               f"eta {left:.1f} min", flush=True)
         values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
                   f"{samples / seconds:.2f}", mfu, wait, memory)
-        self.csv.writerow(values)
-        self.file.flush()
+        line = (",".join(map(str, values)) + "\n").encode()
+        try:
+            if self.file.write(line) < len(line):
+                self.fault = self.fault or "there is no room"
+        except OSError as e:
+            self.fault = self.fault or e.strerror or str(e)
         if self.wandb:
             known = {k: float(v) for k, v in zip(COLUMNS[1:], values[1:]) if v != "-"}
             self.wandb.log(known, step=step)

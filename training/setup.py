@@ -2,7 +2,11 @@
 stands between them in stage 1, what stage 1 wrote in stage 2, and for --plan the same without
 numbers."""
 import argparse
-from dataclasses import replace
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ccra import NAMED, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
-from core.common import UserError, read_json
+from core.common import Lock, UserError, clear_tmp, cores, lock, make_folder, read_json
+from core.distributed import gather, note, together, where
 from core.layouts import Folder
 from core.tokenizer import Tokenizer
 from core.weights import skeleton
 from llama import Llama, LlamaConfig
+from training.prepared import tokenizer_id
 
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
               num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5,
@@ -117,6 +123,102 @@ def compile_blocks(model: VLM) -> None:
     through."""
     for block in [*model.vision.layers, *model.llm.layers]:
         block.forward = torch.compile(block.forward)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a run writes, what it is begun with, and what it ends with
+
+def claim(folder: Path) -> Lock | None:
+    """Make the folder of --out, and in the first process make it this run's alone; what a kill left
+    half-written goes. UserError, in all processes, if it can't be."""
+    with together():
+        make_folder(folder)
+        if where()[0] > 0:
+            return None
+        held = lock(folder)
+        clear_tmp(folder, "log.csv", "loss.png", "model*.safetensors", "model*.json", "config.json",
+                  "train.json", "tokenizer*")
+    return held
+
+
+
+def basis(model: VLM, tokenizer: Tokenizer, stage: int) -> dict[str, str]:
+    """What a run is begun with, each as a sha256: the model's parts, its configuration, the
+    tokenizer. It is in the checkpoint, and a resume with another is refused.
+
+    All of every tensor is read, so nothing can differ unseen: 14 GB take 36 s on one core that has
+    no instructions for SHA (0.4 GB/s), and all cores take part. Stage 1 leaves out what it trains:
+    that was drawn from --seed, and is in the checkpoint. One process of each machine reads;
+    UserError if two found different things.
+    """
+    reads = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    found = [one for one in gather(stored(model, tokenizer, stage) if reads else None) if one]
+    if any(one != found[0] for one in found):
+        raise UserError("the machines begin with different models or tokenizers: they need the "
+                        "same files")
+    return found[0]
+
+
+def stored(model: VLM, tokenizer: Tokenizer, stage: int) -> dict[str, str]:
+    """`basis`, of what this process has."""
+    tensors = [(name, p) for name, p in model.named_parameters()
+               if stage == 2 or not p.requires_grad]
+    config = {"picture tower": asdict(model.vision.config),
+              "language model": model.llm.config.to_dict(),
+              "fuser": [model.fuser.name, asdict(model.fuser.config)],
+              "image": model.image, "query": model.query}
+    return {**digests(tensors), "configuration": digest(config),
+            "tokenizer": digest(tokenizer_id(tokenizer))}
+
+
+PARTS = {"vision": "picture tower", "fuser": "fuser", "projector": "projector",
+         "llm": "language model"}
+
+
+def digests(tensors: list[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """A sha256 for each part of a model: of its tensors' names, types, shapes and bytes."""
+    size = sum(p.nbytes for _, p in tensors)
+    if size > 4e9:
+        note(f"reading the {size / 1e9:.0f} GB that this run begins with, to know them again")
+
+    def one(named: tuple[str, torch.Tensor]) -> list:
+        name, p = named
+        raw = p.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [name, str(p.dtype), list(p.shape), hashlib.sha256(raw).hexdigest()]
+
+    with ThreadPoolExecutor(cores()) as pool:
+        rows = list(pool.map(one, tensors))
+    parts = {}
+    for row in rows:
+        parts.setdefault(PARTS[row[0].partition(".")[0]], []).append(row)
+    return {part: digest(sorted(rows)) for part, rows in parts.items()}
+
+
+def found_again(run) -> dict[str, torch.Tensor]:
+    """The parameters of the model that a run (a train.Run) was begun with, as they are stored.
+    UserError if they were changed meanwhile."""
+    model, tokenizer = build(run.args)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in run.trained)
+    now = stored(model, tokenizer, run.args.stage)
+    for what, sha256 in run.course["basis"].items():
+        if now.get(what) != sha256:
+            raise UserError(f"the {what} was changed on the disk while this run went on: put back "
+                            "what it was begun with, and give the same command again")
+    return dict(model.named_parameters())
+
+
+def digest(content) -> str:
+    """The sha256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def size_at_end(model: VLM, stage: int, dtype: torch.dtype) -> int:
+    """Bytes of the model that a run ends with: in stage 2 all in dtype, in stage 1 as stored, what
+    is trained in float32."""
+    if stage == 2:
+        return dtype.itemsize * sum(p.numel() for p in model.parameters())
+    return sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train
 from core.common import ROOT, UserError
 from tests.training.helpers import log_of, parameters, same_parameters
+from training.damage import signed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +50,7 @@ def test_a_foreign_checkpoint_is_refused(stage1, tmp_path):
         train.main([*short, "3"])
     state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
     before = json.loads(state.read_text())
-    state.write_text(json.dumps({**before, "shapes": {"x": [2]}}))
+    state.write_text(json.dumps(signed({**before, "shapes": {"x": [2]}})))
     with pytest.raises(UserError, match="another model"):
         train.main([*short, "2"])
     state.write_text(json.dumps(before))
