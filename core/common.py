@@ -166,8 +166,16 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
     except OSError as e:
         why = f"cannot make this folder ({e.strerror or e})"
     if why:
-        raise UserError(f"{flag} {path}: {why}; choose a folder that can be written to")
+        raise UserError(f"{flag} {path}: {why}; choose a folder that can be written to".lstrip())
     return path
+
+
+def discard(path: Path) -> None:
+    """Remove a file, if it is there. UserError if it stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot remove it ({e.strerror or e})") from e
 
 
 def clear_tmp(folder: Path, *names: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from core.common import UserError, read_json, write_beside, write_json
+from core.common import UserError, discard, make_folder, read_json, write_beside, write_json
 from core.device import BIG
 
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
@@ -322,9 +322,7 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
     be written.
     """
     dir = Path(dir)
-    if dir.exists() and not dir.is_dir():
-        raise UserError(f"{dir}: is a file, so no model can be saved there")
-    dir.mkdir(parents=True, exist_ok=True)
+    make_folder(dir, flag="")
     shards, room = [[]], max_shard_bytes
     for name, tensor in tensors.items():
         room -= tensor.nbytes
@@ -335,7 +333,7 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
     n = len(shards)
     files = [SINGLE] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     if n > 1:                    # a kill shall not leave old and new shards that look whole
-        (dir / INDEX).unlink(missing_ok=True)
+        discard(dir / INDEX)
     for file, names in zip(files, shards):
         content = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
         # transformers wants the format tag; without it, it refuses the file
@@ -345,4 +343,4 @@ def save(dir: str | Path, tensors: Mapping[str, Tensor], config: dict,
         table = {name: file for file, names in zip(files, shards) for name in names}
         write_json(dir / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
     write_json(dir / "config.json", config)
-    (dir / (INDEX if n == 1 else SINGLE)).unlink(missing_ok=True)        # an earlier save's
+    discard(dir / (INDEX if n == 1 else SINGLE))                         # an earlier save's

@@ -20,7 +20,7 @@ import fast
 import train
 from ccra import CCRA, VLM
 from clip import CLIP, CLIPVision
-from core.common import UserError, lock, write_beside, write_text
+from core.common import UserError, lock, make_folder, write_beside, write_text
 from core.device import autocast_dtype
 from core.tokenizer import Tokenizer
 from llama import Llama
@@ -58,7 +58,7 @@ def make_towers(args: argparse.Namespace) -> None:
         return print(f"{args.towers} is there already")
     tokenizer = Tokenizer.from_pretrained(args.source / "llama")
     model = Llama.from_pretrained(args.source / "llama", dtype=torch.float32)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     loss = text_loss(lambda step: text_rows(tokenizer, step))
     pretrain("llama", model, loss, args.llama_steps, 1e-3, args.out)
     CLIP.from_pretrained(args.source / "clip", dtype=torch.bfloat16).save_pretrained(clip)
@@ -108,7 +108,7 @@ def train_stage(stage: int, name: str, seed: int, args: argparse.Namespace, towe
         model.projector.load_state_dict(before.projector.state_dict())
     tokenizer = Tokenizer.from_pretrained(args.towers / "llama")
     scenes = Scenes(stage, a.steps * a.batch, tokenizer, tower, args.out, tower.config.image_size)
-    a.out.mkdir(parents=True, exist_ok=True)
+    make_folder(a.out)
     kept = projector_file(model, train.settings(a, scenes), tower, args.out)
     run = train.begin(a, model, tokenizer, scenes, CPU)
     if kept and kept.exists() and not args.again:
@@ -181,7 +181,7 @@ def run_all(args: argparse.Namespace) -> None:
             f"{' and '.join(lengths)}: give these --results of their own")
     for name, seed in chosen(args):
         folder = folder_of(name, seed, args.out)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             held = lock(folder)
         except UserError:                  # another process is at it

@@ -10,7 +10,6 @@ thousands of records. LLaVA's 665,298 are better read once, ahead, by all cores:
 What the folder holds: training/prepared.py. Lengths are known then, so samples of like length can
 be put together: training/order.py.
 """
-import hashlib
 import math
 import os
 import shutil
@@ -25,10 +24,27 @@ import numpy as np
 from tqdm import tqdm
 
 from core import flags
-from core.common import Lock, UserError, cores, read_json, write_json
+from core.common import (
+    Lock,
+    UserError,
+    cores,
+    discard,
+    make_folder,
+    sync,
+    write_json,
+)
 from core.records import read_records
 from data import TEMPLATES
-from training.prepared import FLAT, FORMAT, RAGGED, tokenizer_id
+from training.before import USUAL, Cut
+from training.prepared import (
+    FLAT,
+    FORMAT,
+    RAGGED,
+    check_bytes,
+    read_report,
+    sha256_of,
+    tokenizer_id,
+)
 from training.reading import Job, Row, in_order, jobs, readers, tokenizer_of
 
 BINS = (64, 128, 256, 512, 1024, 2048, 4096)             # of the histogram of lengths
@@ -68,6 +84,7 @@ class Report:
     def __init__(self):
         self.records = self.pictures = 0
         self.sources, self.left_out, self.odd = {}, {}, {}
+        self.cut = Cut()
         self.lengths = {True: [], False: []}             # of samples with a picture, and without
 
     def count(self, row: Row, words: int | None, picture: bool) -> None:
@@ -83,6 +100,7 @@ class Report:
             of_source["kept"] += 1
             of_source["ids"] += words
             of_source["supervised"] += row.learnt
+            self.cut.count(row.learnt, row.left)
             self.lengths[picture].append(words)
 
     @staticmethod
@@ -112,13 +130,15 @@ class Report:
                     histogram={f"below {top}": int(n) for top, n in zip((*BINS, "inf"), counts)})
         return dict(pictures=self.pictures, records=self.records, kept=self.kept,
                     left_out=self.left_out, sources=self.sources, lengths=lengths,
-                    odd_pictures=self.odd)
+                    odd_pictures=self.odd, cut=self.cut.to_dict())
 
     def say(self, say: Callable) -> None:
         for what, counts in self.sources.items():
             say(f"  {what:18} {counts['kept']:9,} of {counts['records']:9,}")
         if self.left_out:
             say(f"left out: {self.reasons()}")
+        if line := self.cut.line(*USUAL):
+            say(f"warning: {line}")
         if self.odd:
             say("read all the same: " + ", ".join(f"{entry['count']} {odd}"
                                                   for odd, entry in self.odd.items()))
@@ -164,8 +184,9 @@ def prepare(json_path: str | Path, images: str | Path | None, out: str | Path, l
                             f"would be left out, more than --tolerate {tolerate}: "
                             f"{report.reasons()}")
         seconds = round(time.perf_counter() - began, 1)
-        write_json(tmp / "report.json",
-                   dict(inputs=inputs, file=str(file), seconds=seconds, **report.to_dict()))
+        arrays = {path.name: sha256_of(path) for path in sorted(tmp.glob("*.npy"))}
+        write_json(tmp / "report.json", dict(inputs=inputs, file=str(file), seconds=seconds,
+                                             **report.to_dict(), arrays=arrays))
     say(f"{out}: {report.kept:,} of {report.records:,} records, {report.pictures:,} pictures, "
         f"in {seconds:,} s")
     report.say(say)
@@ -211,13 +232,14 @@ def already(out: Path, file: Path, inputs: dict, say: Callable) -> None:
     """There is something at `out`: fine if it was made from the same inputs."""
     if not (out / "report.json").is_file():
         raise UserError(f"{out}: is there and isn't a prepared folder; choose another --out")
-    before = read_json(out / "report.json").get("inputs", {})
-    with open(file, "rb") as f:
-        inputs["json"]["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+    report = read_report(out)
+    before = report["inputs"]
+    inputs["json"]["sha256"] = sha256_of(file)
     for key, value in inputs.items():
         if before.get(key) != value:
             raise UserError(f"{out}: was prepared from another {key} ({before.get(key)}, now "
                             f"{value}); choose another --out, or remove that folder")
+    check_bytes(out, report)
     say(f"{out} is already prepared from these very inputs; nothing to do")
 
 
@@ -226,11 +248,13 @@ def workplace(out: Path) -> Iterator[Path]:
     """A folder beside `out`, for this process alone, that becomes `out` in the end. After an error
     it is removed."""
     tmp = out.with_name(out.name + ".tmp")
-    tmp.mkdir(parents=True, exist_ok=True)
+    make_folder(tmp)
     try:
         lock = Lock(tmp)
     except (BlockingIOError, FileNotFoundError):         # the latter: it was renamed just now
         raise UserError(f"{tmp}: another process is preparing this folder") from None
+    except OSError as e:
+        raise UserError(f"{tmp}: cannot write there ({e.strerror}); choose another --out") from e
     with lock:
         foreign = [path.name for path in tmp.iterdir() if path.suffix != ".npy"
                    and not path.name.startswith(("report.json", ".lock"))]
@@ -242,11 +266,18 @@ def workplace(out: Path) -> Iterator[Path]:
                 if leftover.name != ".lock":
                     leftover.unlink()
             yield tmp
+            for path in (*tmp.iterdir(), tmp):
+                sync(path)
             os.rename(tmp, out)
+            sync(out.parent)
+        except OSError as e:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise UserError(f"{e.filename or tmp}: cannot go on ({e.strerror or e}); mend that, or "
+                            "choose another --out") from e
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-        (out / ".lock").unlink()
+        discard(out / ".lock")
 
 
 def main(argv: list[str]) -> None:
