@@ -164,8 +164,8 @@ def remarks(notes: dict[str, int], upright: bool) -> list[str]:
         lines.append(f"note: pictures, not all as they are stored: {', '.join(others)}")
     if turned:
         how = "turned upright" if upright else "taken so, as LLaVA does: --upright turns them"
-        lines.append(f"note: {turned} pictures are stored on their side, mirrored or upside down "
-                     f"(EXIF) and are {how}")
+        lines.append(f"note: {turned} picture{'s' * (turned > 1)} stored on the side, mirrored or "
+                     f"upside down (EXIF), {how}")
     return lines
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +84,27 @@ def test_a_picture_of_another_world(tmp_path, ask):
     Image.new("RGB", (300, 200), (10, 80, 30)).save(tmp_path / "x.jpg")
     out, err = ask("--q", "What is this?", image=tmp_path / "x.jpg")
     assert out.strip() and "bundled model" in err
+
+
+def test_pictures_as_a_viewer_shows_them(tmp_path, ask, refused, monkeypatch):
+    """Turned upright, and what isn't shown as it is stored is said; also through a pipe, which is
+    read once."""
+    scene, exif = Image.open(SCENE).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    turned = scene.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "phone.png", exif=exif)
+    question = ("--q", "What color is the square?")
+    out, err = ask(*question)
+    said = ask(*question, image=tmp_path / "phone.png")
+    assert said.out == out and "note: " not in err
+    assert "note: " in said.err and "phone.png: stored on its side (EXIF orientation 6)" in said.err
+    assert np.array_equal(sample.picture(tmp_path / "phone.png"), scene)
+    stdin = io.TextIOWrapper(io.BytesIO((tmp_path / "phone.png").read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert ask(*question, image="-").out == out
+    refused(*question, image="-", names=["stdin", "empty"])          # nothing more comes
+    refused("--chat", image="-", names=["--chat", "stdin"])
+    refused(*question, image="https://a.b/c.png", names=["https://a.b/c.png", "download"])
 
 
 def test_control_tokens_in_a_question_are_text(ask):

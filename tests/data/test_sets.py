@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import data
-from clip import preprocess
+from clip import open_image, preprocess
 from core.common import UserError
 from core.records import check, lacks
 from data import IGNORE, IMAGE_TOKEN, LlavaJson, load, make_batch, prompt, render
@@ -139,6 +139,40 @@ def test_missing_pictures_are_counted_before_anything_else(world, folders):
         "first: 'sub/../sub/b.jpg' of record 4 (id 'r')")
     with pytest.raises(UserError, match="2 of 2 pictures"):
         load(world / "x.json", world / "nowhere", of(folders, "tiny"), say=lambda _: None)
+
+
+def test_pictures_are_looked_at_before_anything_else(world, folders):
+    """What can't be read is a line that names picture and record; what is shown otherwise than it
+    is stored is said; upright turns it."""
+    images, exif = world / "images", Image.Exif()
+    exif[0x0112] = 6
+    names = ["turned.png", "clear.png", "a.png"]
+    Image.effect_noise((40, 20), 99).save(images / "turned.png", exif=exif)
+    Image.new("RGBA", (9, 9)).save(images / "clear.png")
+
+    def read(*more, **how):
+        records = [record("<image>", "b", image=name, id=name) for name in [*names, *more]]
+        (world / "y.json").write_text(json.dumps(records))
+        said = []
+        return load(world / "y.json", images, of(folders, "tiny"), size=28, say=said.append,
+                    **how), said
+
+    for upright in (False, True):
+        rows, said = read(upright=upright)
+        assert len(said) == 2 and "1 wholly transparent" in said[0]
+        assert "1 picture stored on the side" in said[1]
+        assert ("--upright" in said[1]) == (not upright)
+        seen = open_image(images / "turned.png", upright)
+        assert seen.size == ((20, 40) if upright else (40, 20))
+        assert torch.equal(rows[0]["pixels"], preprocess(seen, 28, True))
+    whole = (images / "turned.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[:len(whole) // 2])
+    Image.new("L", (1, 30000)).save(images / "narrow.png")
+    for name, why in (("cut.png", "cut.png"), ("narrow.png", "too narrow"),
+                      ("https://a.b/c.png", "download it")):
+        with pytest.raises(UserError, match=f"1 of 4 pictures .*{name}.*") as e:
+            read(name)
+        assert why in str(e.value) and f"record 3 (id {name!r})" in str(e.value)
 
 
 def test_without_an_image_folder(world, folders):

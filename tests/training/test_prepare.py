@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from clip import open_image
+from clip import open_image, read_pixels
 from core.common import ROOT, UserError
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 from tests.training.records import LLM, make, make_world, noise, record, same_items
@@ -101,6 +101,34 @@ def test_what_is_left_out_is_said(world, tokenizer):
         make(world, "out2", "y.json", tolerate=0.2)
     assert "\n" not in str(e.value)
     assert not (world / "out2").exists() and not (world / "out2.tmp").exists()
+
+
+def test_pictures_that_are_not_shown_as_stored_are_counted(world, tokenizer):
+    """And said again when training begins; what can't be made square isn't taken."""
+    images, exif = world / "images", Image.Exif()
+    exif[0x0112] = 6
+    for i in range(3):
+        noise(images / f"{i}.jpg", exif=exif)
+    Image.new("RGBA", (9, 9), (0, 0, 0, 99)).save(images / "clear.png")
+    Image.new("I;16", (9, 9), 40_000).save(images / "deep.png")
+    Image.new("L", (1, 30000)).save(images / "narrow.png")
+    names = ["0.jpg", "1.jpg", "2.jpg", "clear.png", "deep.png", "narrow.png", "http://a.b/c.png"]
+    (world / "n.json").write_text(json.dumps([record("<image>", "b", image=n) for n in names]))
+    make(world, json_name="n.json", tolerate=0.5)
+    report = report_of(world)
+    assert {odd: entry["count"] for odd, entry in report["odd_pictures"].items()} == {
+        "stored on its side (EXIF orientation 6)": 3, "transparent: shown on white": 1,
+        "16-bit grey scaled to 8 bits": 1}
+    unread, missing = (report["left_out"][f"its picture {why}"]["examples"]
+                       for why in ("can't be read", "is missing"))
+    assert "'narrow.png': a picture of 1 x 30000 is too narrow" in unread[0]
+    assert "is a web address" in missing[0]
+    for upright in (False, True):
+        said = []
+        opened = Prepared(world / "out", None, tokenizer, "v1", 28, upright=upright,
+                          say=said.append)
+        assert "16-bit grey" in said[0] and "3 pictures stored on the side" in said[1]
+        assert torch.equal(opened.pixels(0), read_pixels(images / "0.jpg", 28, True, upright))
 
 
 def test_the_report_counts(world, tokenizer):
