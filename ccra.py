@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ import fusers
 from clip import CLIPVision, CLIPVisionConfig, attention
 from core import weights
 from core.common import UserError, copy_into
+from core.fields import Depth, Range, Width, check_config
 from core.layouts import Folder, fill_vlm, open_vlm
 from core.sequences import check_text, places, splice
 from data import QUERIES
-from fusers.common import fits, one_of, whole
+from fusers.common import fits
 from fusers.llava import LLaVAConfig
 from llama import IMAGE_TOKEN, Llama, LlamaConfig
 
@@ -56,31 +58,24 @@ Layers = list[Tensor]                                       # L x (B, N, d)
 class CCRAConfig:
     """Sizes, and the readings of the paper that somebody may want changed. The defaults have its
     3.55M parameters."""
-    text_dim: int = 4096               # D, of the language model's embeddings
-    vision_dim: int = 1024             # d, of the vision tower
-    n_layers: int = 24                 # L, blocks of the vision tower
-    d_hidden: int = 128                # h, width of queries and keys
-    kernel_size: int = 5               # k, of the smoothing over layers
-    sigma: float = 1.0                 # of its Gaussian, in layers
-    norm: str = "joint"                # what LN in eq. 5 and 13 means: see `standardise`
-    anchor_layer: int = -1             # F_v^L: -1, the last layer, as written; LLaVA's is -2
+    text_dim: Width = 4096             # D, of the language model's embeddings
+    vision_dim: Width = 1024           # d, of the vision tower
+    n_layers: Depth = 24               # L, blocks of the vision tower
+    d_hidden: Width = 128              # h, width of queries and keys
+    kernel_size: Depth = 5             # k, of the smoothing over layers
+    sigma: Annotated[float, Range(0.05, 1e6)] = 1.0        # of its Gaussian, in layers
+    norm: Annotated[str, NORMS] = "joint"                  # LN in eq. 5 and 13: see `standardise`
+    anchor_layer: Annotated[int, Range(-1000, -1)] = -1    # F_v^L: -1, the last; LLaVA's is -2
     lpwca: bool = True                 # Table 4's ablations. False is neutral: W_lp = 0 ...
     lwca: bool = True                  # ... w_hat uniform ...
     pwca: bool = True                  # ... w_p = 0 ...
     smooth: bool = True                # ... scores over layers as they are
-    order: str = "progressive"         # Figure 5: (c), (b) shuffled, (a) decoupled, or half of (a)
+    order: Annotated[str, ORDERS + ALONE] = "progressive"  # Figure 5: (c), (b), (a), or half of (a)
 
     def __post_init__(self):
-        whole(self, text_dim=1, vision_dim=1, n_layers=1, d_hidden=1, kernel_size=1)
-        one_of(self, "norm", NORMS)
-        one_of(self, "order", ORDERS + ALONE)
-        for name in PARTS + ("smooth",):
-            if type(getattr(self, name)) is not bool:
-                raise UserError(f"CCRA: {name} = {getattr(self, name)!r} should be true or false")
-        if type(self.sigma) not in (int, float) or not 0 < self.sigma < math.inf:
-            raise UserError(f"CCRA: sigma = {self.sigma!r} should be a positive number")
-        if type(self.anchor_layer) is not int or not -self.n_layers <= self.anchor_layer < 0:
-            raise UserError(f"CCRA: anchor_layer = {self.anchor_layer!r} should be -1 (last) to "
+        check_config(self)
+        if self.anchor_layer < -self.n_layers:
+            raise UserError(f"CCRA: anchor_layer = {self.anchor_layer} should be -1 (last) to "
                             f"{-self.n_layers}")
 
 
@@ -488,8 +483,9 @@ class VLM(nn.Module):
 def outline(folder: Folder, tower: Folder | None = None) -> VLM:
     """The model that a folder holds, on meta. tower: the folder of its picture tower, if another.
     """
+    eyes = tower or folder
     with weights.skeleton():
-        vision = CLIPVision(CLIPVisionConfig.from_dict((tower or folder).part("vision")))
+        vision = CLIPVision(CLIPVisionConfig.from_dict(eyes.part("vision"), eyes.where))
         llm = Llama(LlamaConfig.from_dict(folder.part("llm"), folder.where))
         if folder.layout == "nanoccra":
             config = fusers.read_config(folder.part("fuser"), FUSERS, folder.where)

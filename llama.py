@@ -24,19 +24,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import attention
-from core import weights
+from core import fields, weights
 from core.common import UserError
-from core.layouts import Folder
+from core.fields import Count, Depth, Epsilon, Heads, Id, Vocabulary, Width
+from core.layouts import LLAMA3_ROPE, Folder, rope_of
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer  # noqa: F401 (llama.Tokenizer is public)
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
 LOSS_ROWS = 4096       # supervised positions whose logits exist at once
-
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")
 # What the arithmetic here takes for granted: the first is what the key has to say, others mean it
 FIXED = {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias": (False, None),
          "mlp_bias": (False, None), "quantization_config": (None,)}
@@ -46,23 +43,26 @@ FIXED = {"model_type": ("llama",), "hidden_act": ("silu", None), "attention_bias
 class LlamaConfig:
     """The names are Hugging Face's. Absent in a config.json, the optional ones mean what they mean
     there."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None  # fewer: grouped-query attention. None: as many as heads
-    head_dim: int | None = None             # None: hidden_size / heads
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None        # Llama 3.1 and later: see `frequencies`
-    max_position_embeddings: int = 2048
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Depth
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None    # fewer: grouped-query attention. None: as all heads
+    head_dim: Width | None = None               # None: hidden_size / heads
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: fields.Scale = 10000.0
+    rope_scaling: dict | None = None            # Llama 3.1 and later: see `frequencies`
+    max_position_embeddings: Count = 2048
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    bos_token_id: Id | list[Id] | None = 1
+    eos_token_id: Id | list[Id] | None = 2
 
     def __post_init__(self):
+        fields.check_config(self)
         heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise UserError(f"{heads} attention heads don't divide hidden_size {self.hidden_size}")
         self.num_key_value_heads = self.num_key_value_heads or heads
         self.head_dim = self.head_dim or self.hidden_size // heads
         if heads % self.num_key_value_heads:
@@ -71,14 +71,9 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd, and RoPE turns pairs")
         if scaling := self.rope_scaling:
-            kind = scaling.get("rope_type")
-            if kind != "llama3":
-                raise UserError(f"rope_type {kind!r} is not implemented, only 'llama3' is")
-            for key in LLAMA3_ROPE:
-                value = scaling.get(key)
-                if type(value) not in (int, float) or value <= 0:
-                    raise UserError(
-                        f"rope_scaling: {key} should be a positive number, not {value!r}")
+            fields.check(scaling, LLAMA3_ROPE, "rope_scaling")
+            if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                raise UserError("rope_scaling: low_freq_factor should be below high_freq_factor")
 
     @classmethod
     def from_dict(cls, d: dict, where: str = "config.json") -> "LlamaConfig":
@@ -86,24 +81,9 @@ class LlamaConfig:
         never ignored."""
         for key, fine in FIXED.items():
             if d.get(key) not in fine:
-                raise UserError(
-                    f"{where}: {key} is {d.get(key)!r}; the language model needs {fine[0]!r} here")
-        fields = {key: d[key] for key in cls.__dataclass_fields__ if key in d}
-        # Transformers 5 keeps theta and scaling together in rope_parameters; before, rope_scaling
-        # held the latter.
-        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
-        fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        scaling = {"rope_type": kind, **{key: rope.get(key) for key in LLAMA3_ROPE}}
-        fields["rope_scaling"] = None if kind == "default" else scaling
-        for key in SIZES:
-            if not isinstance(fields.get(key), int) or fields[key] < 1:
-                raise UserError(
-                    f"{where}: {key} should be a positive whole number, not {fields.get(key)!r}")
-        try:
-            return cls(**fields)
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
+                raise UserError(f"{where}: {key} is {fields.shown(d.get(key))}; the language "
+                                f"model needs {fine[0]!r} here")
+        return fields.read(cls, {**d, **rope_of(d, where)}, where)
 
     def to_dict(self) -> dict:
         """What the public config.json of this model says."""

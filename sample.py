@@ -18,6 +18,15 @@ explore, one file without anything else:
     python sample.py --image assets/scene.png --q "What color is the square?" \\
                      --heatmap out.png --html out.html
 
+--questions asks a file of questions, a line of json each, and answers in lines of json; --batch of
+them at a time, greedily:
+
+    {"image": "a.png", "question": "What is this?", "question_id": "17"}             a line to ask
+    {"question_id": "17", "prompt": "What is this?", "text": "A cat."}           and its answer
+
+The question may be called "prompt" or "text", too; without a "question_id" it is the line's number.
+"image" is relative to --images, or else to the file's folder; null asks without a picture.
+
 In a chat, "/image FILE" changes the picture and begins anew, "/new" begins anew, "/quit" or Ctrl-D
 ends it, and Ctrl-C stops an answer. A new question changes what CCRA reads from the picture, so
 every turn reads picture and history again.
@@ -26,25 +35,39 @@ from core.common import run  # first: from here on Ctrl-C is a line
 
 # isort: split
 import argparse
+import json
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks.own import Question, read_questions
 from clip import preprocess
 from core import flags
-from core.common import UserError, read_config, write_beside, write_text
+from core.common import UserError, split, visible, write_beside, write_text
+from core.folders import read_config
 from core.pictures import STDIN, label, read
 from core.records import Turns
-from data import item, make_batch, prompt
-from eval import load_model
+from core.tokenizer import IMAGE_TOKEN
+from data import Sample, item, make_batch, prompt
+from eval import load_model, reply_ids
 from toy import world as toy
 from viz import explorer, figures, maps
+
+try:
+    import readline  # noqa: F401   (imported, it edits what input() reads)
+except ImportError:      # Windows: its console does that itself
+    pass
 
 # --------------------------------------------------------------------------------------------------
 # Asking
@@ -79,6 +102,15 @@ class Asker:
             print(f"note: {toy.KNOWS}", file=sys.stderr)
         return preprocess(image, **self.model.image)
 
+    def see(self, path: Path | None, seen: Counter) -> Tensor:
+        """The pixels for a question of a file; zeros for no picture. seen: notes are counted."""
+        if path is None:
+            return torch.zeros(3, self.model.image["size"], self.model.image["size"])
+        image, notes = read(path, upright=True)
+        foreign = self.toy and not toy.knows(image)
+        seen.update([*notes, toy.KNOWS] if foreign else notes)
+        return preprocess(image, **self.model.image)
+
     def ask(self, pixels: Tensor, turns: Turns, started: float,
             image: Image.Image | None = None) -> str:
         """Write the answer as it comes, and return it.
@@ -88,6 +120,10 @@ class Asker:
         question, or one that is too long.
         """
         row = prompt(turns, self.tokenizer)
+        room = self.room(row)
+        if room < 1 and len(turns) > 1:
+            raise UserError("no room for another answer: this chat fills the language model's "
+                            f"{self.context} positions; /new begins anew")
         batch = make_batch([item(row, pixels)], self.model.query, device=self.device)
         tokens, times, answer = [], [], ""
         began = time.perf_counter()
@@ -100,7 +136,10 @@ class Asker:
             if not self.args.chat:
                 raise
             print(" [stopped]", end="", file=sys.stderr)
+            room = self.context                      # stopped, not cut
         print(flush=True)
+        if tokens and len(tokens) >= min(room, self.args.max_new_tokens):
+            print(f"[{self.cut(len(tokens))}]", file=sys.stderr)
         if times:
             show_times(times, began, started)
         if image:
@@ -108,6 +147,23 @@ class Asker:
             self.sights.append(seen.sight(self.model, self.tokenizer, image, question, batch,
                                           tokens, self.name))
         return answer
+
+    @property
+    def context(self) -> int:
+        """How many positions the language model has."""
+        return self.model.llm.config.max_position_embeddings
+
+    def room(self, row: Sample) -> int:
+        """How many tokens an answer can have after a `prompt`."""
+        picture = self.model.picture_rows - 1 if IMAGE_TOKEN in row.ids else 0
+        return self.context - len(row.ids) - picture
+
+    def cut(self, tokens: int) -> str:
+        """Why an answer ended after so many, without its end."""
+        after = f"cut off after {tokens} token{'s' * (tokens > 1)}"
+        if tokens == self.args.max_new_tokens:
+            return f"{after}: --max-new-tokens"
+        return f"{after}: the language model's {self.context} positions are full"
 
     def generate(self, batch: dict[str, Tensor], tokens: list[int],
                  times: list[float]) -> Iterator[int]:
@@ -139,9 +195,7 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
     turns = []
     while True:
         try:
-            if line is None:
-                print("> ", end="", file=sys.stderr, flush=True)
-                line = input()
+            line = typed() if line is None else line
         except EOFError:
             return print(file=sys.stderr)
         except KeyboardInterrupt:
@@ -158,11 +212,96 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
                 turns = []
             elif command.startswith("/"):
                 raise UserError(f"{command} is unknown (choose /image FILE, /new, /quit)")
+            elif "\x1b" in f"{command}{rest}":
+                raise UserError("that holds a key which can't be edited with here; type it again")
             elif question := f"{command} {rest}".strip():
                 answer = asker.ask(pixels, turns + [(question, None)], time.perf_counter())
                 turns.append((question, answer or " "))
         except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {visible(str(e))}", file=sys.stderr)
+
+
+def typed() -> str:
+    """A line of stdin, which a terminal lets one edit; EOFError at its end. The prompt goes to
+    stderr, unless what edits has to know of it."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")         # a path may have any bytes
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
+# --------------------------------------------------------------------------------------------------
+# A file of questions
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """A file to write to, which gets its name when it is whole: until then it is NAME.part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{part}: cannot write it ({e.strerror})") from None
+    except KeyboardInterrupt:
+        print(f"\nwhat was answered is in {part}", file=sys.stderr)
+        raise
+
+
+def answer_file(args: argparse.Namespace, asked: list[Question]) -> None:
+    """--questions: a line of --answers, or of stdout, for each, in order, as they come. UserError,
+    in the end, if some have none."""
+    asker = Asker(args, args.model)
+    try:
+        rows = [prompt([(q.text, None)], asker.tokenizer, image=q.image is not None) for q in asked]
+    except UserError as e:
+        raise UserError(f"{args.questions}: {e}") from None
+    room = [asker.room(row) for row in rows]
+    for q, left in zip(asked, room):
+        if left < 1:
+            raise UserError(f"{q.at}: the question is too long: {asker.context - left} positions "
+                            f"with the picture, the language model has {asker.context}")
+    # who has little room is asked alone: beside a longer row it would have less
+    tight = groupby(range(len(rows)), key=lambda i: room[i] < args.max_new_tokens)
+    batches = [those for alone, run in tight
+               for those in split(list(run), 1 if alone else args.batch)]
+    failed, seen = [], Counter()
+    with growing(args.answers) if args.answers else nullcontext(sys.stdout) as file:
+        for those in tqdm(batches, desc="answering", unit="batch",
+                          disable=None if args.answers else True):
+            lines = answer_batch(asker, [asked[i] for i in those], [rows[i] for i in those],
+                                 min(room[i] for i in those), seen)
+            failed += [line for line in lines if "error" in line]
+            print(*map(json.dumps, lines), sep="\n", file=file, flush=True)
+    for note, count in seen.items():
+        print(f"note: {count} of {len(asked)} questions: {note}", file=sys.stderr)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(asked)} questions have no answer, since their "
+                        f"pictures can't be read; first: {failed[0]['error']}")
+
+
+def answer_batch(asker: Asker, asked: list[Question], rows: list[Sample], room: int,
+                 seen: Counter) -> list[dict]:
+    """What is written of some questions. room: of the one that has least; seen: notes, counted."""
+    lines, pixels = [], {}
+    for i, q in enumerate(asked):
+        lines.append(dict(question_id=q.id, prompt=q.text))
+        try:
+            pixels[i] = asker.see(q.image, seen)
+        except UserError as e:
+            lines[i]["error"] = str(e)
+            print(f"error: {q.at}: {visible(str(e))}", file=sys.stderr)
+    most = min(room, asker.args.max_new_tokens)
+    answers = reply_ids(asker.model, asker.tokenizer, [rows[i] for i in pixels],
+                        list(pixels.values()), most, asker.device) if pixels else []
+    for i, ids in zip(pixels, answers):
+        lines[i]["text"] = asker.tokenizer.decode(ids).strip()
+        if len(ids) == most:
+            lines[i]["cut"] = asker.cut(most)
+            seen[asker.cut(most)] += 1
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,23 +329,34 @@ def draw(args: argparse.Namespace, sights: list[list[maps.Sight]]) -> None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's. UserError for what doesn't go together, before a model is loaded."""
     p = flags.Parser(description=__doc__)
-    p.add_argument("--image", required=True, help="a picture file; - reads it from stdin")
+    p.add_argument("--image", action="append", help="a picture file; - reads it from stdin")
     p.add_argument("--q", action="append",
                    help="the question; given several times, each is asked by itself")
     p.add_argument("--chat", action="store_true",
                    help="several questions at a prompt (--q is the first)")
     model_options(p.add_argument_group("the model"))
     answer_options(p.add_argument_group("the answer"))
+    file_options(p.add_argument_group("a file of questions"))
     drawing_options(p.add_argument_group("what the model looked at"))
     args = p.parse_args(argv)
+    if args.quant and args.pack:
+        raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
+    check_file(args)
+    if args.questions:
+        return args
+    if not args.image:
+        raise UserError("no picture: give --image FILE (or --questions FILE.jsonl)")
+    if len(args.image) > 1:
+        raise UserError(f"--image is given {len(args.image)} times, and the model takes one "
+                        "picture a question; ask of each by itself, or of all in a file: "
+                        "--questions")
+    args.image = args.image[0]
     if args.q is None and not args.chat:
         raise UserError("nothing was asked: give --q \"...\" or --chat")
     if args.chat and len(args.q or []) > 1:
         raise UserError("a --chat begins with one --q; ask the others at its prompt")
     if args.chat and args.image in STDIN:
         raise UserError("a --chat reads its questions from stdin; give --image a file")
-    if args.quant and args.pack:
-        raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
     check_drawing(args)
     return args
 
@@ -234,6 +384,35 @@ def answer_options(g) -> None:
                    help="draw among the likeliest tokens of this total probability")
     g.add_argument("--max-new-tokens", type=flags.whole(1, flags.MANY), default=128)
     g.add_argument("--seed", type=flags.seed, default=0, help="for temperatures above 0")
+
+
+def file_options(g) -> None:
+    g.add_argument("--questions", type=Path, metavar="FILE.jsonl", help="ask all of these")
+    g.add_argument("--images", type=Path, metavar="DIR",
+                   help="what their pictures' paths are relative to (default: the file's folder)")
+    g.add_argument("--answers", type=Path, metavar="FILE.jsonl",
+                   help="for the answers (default: stdout); FILE.jsonl.part until all are there")
+    g.add_argument("--batch", type=flags.batch, help="questions answered at a time (default: 16)")
+
+
+def check_file(args: argparse.Namespace) -> None:
+    """UserError for what doesn't go together with --questions, or without."""
+    if not args.questions:
+        alone = [name for name in ("images", "answers", "batch") if getattr(args, name)]
+        if alone:
+            raise UserError(f"--{alone[0]} is for --questions FILE.jsonl")
+        return
+    others = [name for name in ("image", "q", "chat", "heatmap", "html", "beside", "layers",
+                                "temperature") if getattr(args, name)]
+    if others:
+        raise UserError(f"--{others[0]} doesn't go with --questions, whose answers are greedy and "
+                        "text alone")
+    if args.answers and (args.answers.exists() and not args.answers.is_file()
+                         or not args.answers.parent.is_dir()):
+        raise UserError(f"--answers {args.answers}: should be a file in a folder that exists")
+    if args.answers and args.answers.exists() and args.answers.samefile(args.questions):
+        raise UserError("--answers is the file of --questions; give another")
+    args.batch = args.batch or 16
 
 
 def drawing_options(g) -> None:
@@ -271,6 +450,8 @@ def check_drawing(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     args = arguments(argv)
+    if args.questions:
+        return answer_file(args, read_questions(args.questions, args.images))
     # before the model: a wrong path should fail at once; and once, since it may be a pipe
     image = picture(args.image, pipes=True)
     draws = bool(args.heatmap or args.html)

@@ -32,8 +32,9 @@ import time
 from pathlib import Path
 
 from core import flags
-from core.common import ROOT, UserError, cores, read_config, write_json
+from core.common import ROOT, UserError, cores, write_json
 from core.flags import whole
+from core.folders import read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 

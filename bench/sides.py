@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.common import UserError, read_config
+from core.common import UserError
+from core.folders import read_config
 
 APART = 8               # tokens from one look at memory's speed to the next
 PICTURE = -200          # core.tokenizer.IMAGE_TOKEN, without what that file imports

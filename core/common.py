@@ -3,6 +3,7 @@ locks."""
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,7 +24,18 @@ streams.quiet_start(ROOT)
 
 
 class UserError(Exception):
-    """Something the user can put right. One line that names the thing and says what to do."""
+    """Something the user can put right. One line that names the thing and says what to do; a second
+    argument is a second line. It stays one line whatever a name in it holds."""
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """A text with its line breaks and other control characters escaped, its middle left out where
+    it is longer than anybody reads."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: repr(c[0])[1:-1], text)
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
 
 
 def run(main: Callable[[], None], kept: str = "") -> None:
@@ -81,11 +93,26 @@ def split(rows: list, size: int) -> list[list]:
 # --------------------------------------------------------------------------------------------------
 # JSON
 
-def read_json(path: Path, kind: type = dict, what: str = "", unique: bool = True):
+DEPTH = 100              # of lists and objects within each other: more is no file of anybody's
+
+
+def deep(content, most: int = DEPTH) -> bool:
+    """Whether a JSON value is nested deeper than this."""
+    level = [content] if isinstance(content, dict | list) else []
+    while level and most:
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        most -= 1
+    return bool(level)
+
+
+def read_json(path: Path, kind: type = dict, what: str = "", unique: bool = True,
+              most: int = 2 ** 32):
     """A file's JSON value, of this kind. A byte-order mark is taken.
 
     what: the file's name for people, for messages. unique: a key that is given twice is an error.
-    UserError if the file is absent, unreadable, not JSON or of another kind.
+    most: bytes. UserError if the file is absent, unreadable, too large, not JSON, nested too deeply
+    or of another kind.
     """
     def once(pairs):
         seen = dict(pairs)
@@ -96,27 +123,21 @@ def read_json(path: Path, kind: type = dict, what: str = "", unique: bool = True
         return seen
 
     try:
+        if path.stat().st_size > most:
+            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, more than such a file can "
+                            "have; is it another one?")
         content = json.loads(path.read_bytes(), object_pairs_hook=once if unique else None)
     except OSError as e:
         should = f"; it should be {what}" if what else ""
         raise UserError(f"{path}: cannot read it ({e.strerror}){should}") from e
     except (ValueError, RecursionError) as e:        # UnicodeDecodeError is a ValueError, too
         raise UserError(f"{path}: not valid JSON ({e})") from e
+    if deep(content):
+        raise UserError(f"{path}: lists and objects in more than {DEPTH} levels")
     if not isinstance(content, kind):
         should = what or f"a JSON {'object' if kind is dict else 'list'}"
         raise UserError(f"{path}: expected {should}, found {type(content).__name__}")
     return content
-
-
-def read_config(dir: str | Path) -> dict:
-    """The config.json of a model's folder. UserError if there is no such folder or file."""
-    dir = Path(dir)
-    if not dir.is_dir():
-        raise UserError(
-            f"{dir}: no such folder (models are read from local folders; download it first)")
-    if not (dir / "config.json").is_file():
-        raise UserError(f"{dir}: no config.json in this folder, so it is not a model")
-    return read_json(dir / "config.json")
 
 
 # --------------------------------------------------------------------------------------------------

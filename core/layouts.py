@@ -20,12 +20,15 @@ modules (`Folder.rename`), so that `weights.load` can do the rest, which is stri
 says and this project doesn't implement is a UserError.
 """
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from core import weights
-from core.common import UserError, read_config, read_json
+from core.common import UserError, read_json
+from core.fields import Scale, shown
+from core.folders import CONFIG_BYTES, check_folder, present, read_config
 from core.meta import Meta
 from core.weights import Tensors
 
@@ -107,10 +110,11 @@ class Folder:
     def __init__(self, dir: str | Path):
         self.dir, self.pad = Path(dir), True
         self.where = f"{self.dir}/config.json"
-        if (self.dir / "params.json").is_file() and not (self.dir / "config.json").is_file():
+        check_folder(self.dir)
+        if not present(self.dir / "config.json") and present(self.dir / "params.json"):
             self.layout = "meta"
             self.where = f"{self.dir}/params.json"
-            self.config = read_json(self.dir / "params.json")
+            self.config = read_json(self.dir / "params.json", most=CONFIG_BYTES)
             self.tensors = Meta(self.dir, self.config)
             self.parts = {"llm": self.tensors.llama}
             return
@@ -134,6 +138,8 @@ class Folder:
 
     def _told(self) -> str:
         kind = self.config.get("model_type")
+        if not isinstance(kind, str):
+            raise UserError(f"{self.where}: model_type {shown(kind)} is not the name of a model")
         if kind in ("llava", "llava_llama"):
             if "mm_projector_type" in self.config:
                 return "llava"
@@ -144,7 +150,7 @@ class Folder:
                             "are there")
         if kind in NAMES and kind not in ("meta", "llava_hf"):
             return kind
-        raise UserError(f"{self.where}: model_type {kind!r} is none of those that can be read "
+        raise UserError(f"{self.where}: model_type {shown(kind)} is none of those that can be read "
                         "(nanoccra, clip, clip_vision_model, llama, llava, llava_llama)")
 
     def part(self, name: str) -> dict:
@@ -154,7 +160,7 @@ class Folder:
                             f"{name!r} in this folder (it has {', '.join(self.parts)})")
         if not isinstance(self.parts[name], dict):
             raise UserError(f"{self.where}: {name!r} should be a JSON object, "
-                            f"not {self.parts[name]!r}")
+                            f"not {shown(self.parts[name])}")
         return self.parts[name]
 
     def rename(self, public: str) -> str | None:
@@ -211,6 +217,39 @@ class Folder:
 
 
 # --------------------------------------------------------------------------------------------------
+# Llama's positions
+
+FORMS = ("rope_scaling", "rope_parameters")         # where settings of RoPE stand
+ROPE_FIXED = {"partial_rotary_factor": (1, None), "rope_interleaved": (False, None)}
+LLAMA3_ROPE = {"factor": Scale, "low_freq_factor": Scale, "high_freq_factor": Scale,
+               "original_max_position_embeddings": Scale}
+
+
+def rope_of(d: dict, where: str) -> dict:
+    """A public config's rope_theta and rope_scaling. Transformers 5 keeps both in rope_parameters;
+    before, rope_scaling held the latter. UserError for any rope setting that isn't known here."""
+    rope = {}
+    alone = {key: d[key] for key in d if ("rope" in key or "rotary" in key) and key not in FORMS}
+    for form, given in (("", alone), *((f"{form}: ", d.get(form)) for form in FORMS)):
+        if type(given) not in (dict, NoneType):
+            raise UserError(f"{where}: {form}{shown(given)} should be an object")
+        for key, value in (given or {}).items():
+            key = "rope_type" if key == "type" else key
+            if key not in ("rope_theta", "rope_type", *LLAMA3_ROPE, *ROPE_FIXED):
+                raise UserError(f"{where}: {form}{shown(key)} is not implemented")
+            if rope.setdefault(key, value) != value or value not in ROPE_FIXED.get(key, (value,)):
+                raise UserError(f"{where}: {form}{key} is {shown(value)}, which is not implemented "
+                                f"or not what stands elsewhere ({shown(rope[key])})")
+    kind = rope.get("rope_type", "default")
+    scaling = {key: rope.get(key) for key in LLAMA3_ROPE}
+    if kind not in ("default", "llama3") or (kind == "default" and rope.keys() & scaling.keys()):
+        raise UserError(f"{where}: rope_type {shown(kind)} is not implemented with these settings "
+                        "(only 'default', with none, and 'llama3' are)")
+    return {"rope_theta": rope.get("rope_theta", 10000.0),
+            "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling}}
+
+
+# --------------------------------------------------------------------------------------------------
 # LLaVA-1.5, twice
 
 # What LLaVA-1.5 is, in the words of either layout. None stands where transformers, or LLaVA, takes
@@ -234,8 +273,8 @@ def require(config: dict, where: str, table: dict[str, tuple]) -> None:
     """UserError unless each of the table's keys has one of its values."""
     for key, fine in table.items():
         if config.get(key) not in fine:
-            raise UserError(f"{where}: {key} is {config.get(key)!r}; only LLaVA-1.5's {fine[0]!r} "
-                            "is implemented")
+            raise UserError(f"{where}: {key} is {shown(config.get(key))}; only LLaVA-1.5's "
+                            f"{fine[0]!r} is implemented")
 
 
 def llava_hf(config: dict, where: str) -> tuple[dict[str, dict], int]:
@@ -257,9 +296,9 @@ def llava_hf(config: dict, where: str) -> tuple[dict[str, dict], int]:
     image = config.get("image_token_index", config.get("image_token_id"))
     numbers = type(image) is int and type(stored) is int
     if not numbers or not 0 <= stored - image <= 65 or image < 1:
-        raise UserError(f"{where}: image_token_index is {image!r}; it should be the first of the "
-                        "at most 65 tokens that LLaVA added at the end of a vocabulary of "
-                        f"{stored!r}")
+        raise UserError(f"{where}: image_token_index is {shown(image)}; it should be the first of "
+                        "the at most 65 tokens that LLaVA added at the end of a vocabulary of "
+                        f"{shown(stored)}")
     tied = text.get("tie_word_embeddings") or config.get("tie_word_embeddings")
     text |= {"vocab_size": image, "tie_word_embeddings": bool(tied)}
     return {"vision": vision, "projector": {}, "llm": text}, stored
@@ -314,13 +353,14 @@ def fill_vlm(model: nn.Module, folder: Folder, tower: Folder | None,
              device: str | torch.device | None = None) -> nn.Module:
     """The model, built from the configs of `open_vlm`'s folders, with their weights in it."""
     if folder.parts.get("image", model.image) != model.image:
-        raise UserError(f"{folder.dir}: config.json says image {folder.part('image')}, its tower "
-                        f"takes {model.image}")
+        raise UserError(f"{folder.dir}: config.json says image {shown(folder.part('image'))}, its "
+                        f"tower takes {model.image}")
     d = model.vision.config.hidden_size
     width = folder.config.get("mm_hidden_size", d)
     if width != d:
-        raise UserError(f"{tower.dir}: a tower {d} wide, but {folder.where} says mm_hidden_size "
-                        f"{width}; it wants {folder.config.get('mm_vision_tower')}")
+        raise UserError(f"{(tower or folder).dir}: a tower {d} wide, but {folder.where} says "
+                        f"mm_hidden_size {shown(width)}; it wants "
+                        f"{shown(folder.config.get('mm_vision_tower'))}")
     if tower is not None and not folder.holds("vision"):     # some fine-tunes hold their own
         tower.fill(model.vision, "vision", dtype, device)
     return folder.fill(model, dtype=dtype, device=device)

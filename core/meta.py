@@ -5,16 +5,26 @@ nothing to put together, with the rows of queries and keys in the order of Huggi
 params.json doesn't say, the tensors tell.
 """
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from core import weights
 from core.common import UserError
+from core.fields import Count, Depth, Epsilon, Heads, Range, Scale, Vocabulary, Width, check
+from core.folders import present
 from core.weights import Tensors
 
 EMBED, HEAD = "tok_embeddings.weight", "output.weight"
 QUERIES = "layers.0.attention.wq.weight"
+# What params.json says. Other keys are about training.
+PARAMS = {"dim": Width, "n_layers": Depth, "n_heads": Heads, "n_kv_heads": Heads | None,
+          "multiple_of": Count,                         # of which the width of the MLPs is one
+          "ffn_dim_multiplier": Scale | None, "norm_eps": Epsilon,
+          "vocab_size": Vocabulary | Annotated[int, Range(-1, -1)] | None,   # -1: the tokenizer's
+          "rope_theta": Scale | None, "use_scaled_rope": bool | None,
+          "rope_scaling_factor": Scale | None}
 # How matrices are cut in files for several GPUs: by rows or, where the input is cut, by columns.
 # The rest is whole.
 CUTS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -44,7 +54,7 @@ class Meta(Tensors):
             if dir / name not in self.paths:
                 raise UserError(f"{dir / name}: this file is missing (params.json is Meta's "
                                 f"layout, {len(self.paths)} files of which are there)")
-        self.shards = [weights.unpickle(path) for path in self.paths]
+        self.shards = [weights.unpickle(path) for path in self.paths if present(path)]
         for path, shard in zip(self.paths, self.shards):
             for name, tensor in self.shards[0].items():
                 if name not in shard or shard[name].shape != tensor.shape:
@@ -58,16 +68,14 @@ class Meta(Tensors):
     def _config(self, where: str) -> dict:
         """params.json as a public config. UserError if it is of no Llama that is known."""
         p = self.params
-        for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps"):
-            if type(p.get(key)) not in (int, float) or p[key] <= 0:
-                raise UserError(f"{where}: {key} should be a positive number, not {p.get(key)!r}")
+        check(p, PARAMS, where)
         self._check_rows()
         inner = int(2 * 4 * p["dim"] / 3)    # 2/3 of the usual 4 D, since SwiGLU has three matrices
         if p.get("ffn_dim_multiplier") is not None:
             inner = int(p["ffn_dim_multiplier"] * inner)
         tied = self._tied()
-        vocab = p.get("vocab_size", -1)
-        if vocab == -1:                      # "as the tokenizer says"
+        vocab = p.get("vocab_size")
+        if vocab in (None, -1):              # "as the tokenizer says"
             vocab = self.shape(EMBED)[0]
         config = {
             "model_type": "llama", "vocab_size": vocab, "hidden_size": p["dim"],
@@ -80,8 +88,8 @@ class Meta(Tensors):
     def _check_rows(self) -> None:
         """Whether the last files are there: their names don't tell how many there should be."""
         for name in (EMBED, QUERIES):
-            if name not in self.files:
-                raise UserError(f"{self.paths[0]}: holds no {name}")
+            if name not in self.files or self.shards[0][name].ndim != 2:
+                raise UserError(f"{self.paths[0]}: holds no matrix {name}")
         rows, need = len(self.shards) * len(self.shards[0][QUERIES]), self.params["dim"]
         if rows < need:
             raise UserError(f"{self.dir}/consolidated.{len(self.shards):02d}.pth: this file is "
@@ -98,19 +106,22 @@ class Meta(Tensors):
 
     def _positions(self, where: str, vocab: int, tied: bool) -> dict:
         """What of the config goes with the base of RoPE: Llama 2's, 3's or 3.1's."""
-        theta, scaled = self.params.get("rope_theta", 10000.0), self.params.get("use_scaled_rope")
+        theta, scaled = self.params.get("rope_theta"), self.params.get("use_scaled_rope")
+        theta = 10000.0 if theta is None else theta
         if theta not in (10000.0, 500000.0) or (scaled and theta != 500000.0):
             raise UserError(f"{where}: rope_theta {theta!r} is neither Llama-2's 10000 nor "
                             "Llama-3's 500000; get this model in Hugging Face's layout")
         config = {"rope_theta": theta}
-        if theta == 500000.0:                # control tokens come last; see core/tokenizer.py
-            config |= {"max_position_embeddings": 8192, "bos_token_id": vocab - 256,
+        if theta == 500000.0:
+            config["max_position_embeddings"] = 8192
+        if theta == 500000.0 and vocab > 256:     # control tokens come last; see core/tokenizer.py
+            config |= {"bos_token_id": vocab - 256,
                        "eos_token_id": [vocab - 255, vocab - 248, vocab - 247]}
         if scaled:
             # params.json says that frequencies are scaled, not by how much: 8 in Llama 3.1 and 3.3,
             # 32 in 3.2. But the text models of 3.2 (1B, 3B) share embedding and output matrix, and
             # no other Llama does.
-            factor = self.params.get("rope_scaling_factor", 32 if tied else 8)
+            factor = self.params.get("rope_scaling_factor") or (32 if tied else 8)
             config |= {"max_position_embeddings": 131072, "rope_scaling": {
                 "rope_type": "llama3", "factor": factor, "low_freq_factor": 1,
                 "high_freq_factor": 4, "original_max_position_embeddings": 8192}}
@@ -119,9 +130,10 @@ class Meta(Tensors):
     def _assemble(self, name: str, slices: list[Tensor]) -> Tensor:
         kind = name.removesuffix(".weight").rpartition(".")[2]
         cut = CUTS.get(kind)
-        if kind == "tok_embeddings":               # Llama 2 cuts it by columns, Llama 3 by rows
+        if name == EMBED:                          # Llama 2 cuts it by columns, Llama 3 by rows
             cut = 0 if slices[0].shape[-1] == self.params["dim"] else 1
-        whole = slices[0] if len(slices) == 1 or cut is None else torch.cat(slices, cut)
+        uncut = len(slices) == 1 or cut is None or slices[0].ndim <= cut
+        whole = slices[0] if uncut else torch.cat(slices, cut)
         heads = None
         if kind == "wq":
             heads = self.params["n_heads"]
@@ -140,6 +152,9 @@ class Meta(Tensors):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._assemble(name, [shard[name].to("meta") for shard in self.shards]).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.shards[0][name].dtype
 
     def nbytes(self, name: str) -> int:
         return sum(shard[name].nbytes for shard in self.shards)

@@ -18,7 +18,8 @@ from pathlib import Path
 import tiktoken
 from sentencepiece import SentencePieceProcessor
 
-from core.common import UserError, read_config, read_json
+from core.common import UserError, read_json
+from core.folders import read_config
 
 # stands in a row of ids where the picture's features go; never an index into an embedding table
 IMAGE_TOKEN = -200

@@ -14,7 +14,9 @@ at once, without a second copy.
 """
 import ctypes
 import mmap
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -30,11 +32,14 @@ from tqdm import tqdm
 
 from core.common import UserError, discard, make_folder, read_json, write_beside, write_json
 from core.device import BIG
+from core.fields import fits, shown
+from core.folders import JSON_BYTES, instead, present
 
 SINGLE = "model.safetensors"               # one file with everything in it, or ...
 INDEX = "model.safetensors.index.json"     # ... a table "tensor -> shard" beside the shards
 PICKLE = "pytorch_model.bin"               # the same before safetensors, by torch.save
 STORES = ((SINGLE, INDEX), (PICKLE, "pytorch_model.bin.index.json"))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)      # that models compute in
 
 
 def is_zip(path: Path) -> bool:
@@ -50,21 +55,35 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     a file that wants more, is cut short or holds anything but named tensors is a UserError.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+        with warnings.catch_warnings():                  # of torch, about the file's age
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except Exception as e:       # UnpicklingError, RuntimeError, EOFError, IndexError and others
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        if lines[0].startswith("Weights only load failed") and len(lines) > 1:
-            lines.pop(0)                                 # the reason stands below
-        reason = lines[0].split(". ")[0].strip()
-        raise UserError(f"{path}: not a complete file of plain tensors ({reason}); download it "
-                        "again, or get its safetensors") from e
+        raise UserError(f"{path}: not a complete file of plain tensors ({_reason(path, e)}); "
+                        "download it again, or get its safetensors") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
-        plain = isinstance(name, str) and isinstance(tensor, Tensor) and not tensor.is_quantized
-        if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(f"{path}: {name!r} is not a plain tensor ({type(tensor).__name__})")
+        if not isinstance(name, str) or not _plain(tensor):
+            raise UserError(f"{path}: {shown(name)} is not a plain tensor "
+                            f"({type(tensor).__name__})")
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _plain(tensor) -> bool:
+    return (isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            and tensor.device.type == "cpu" and not tensor.is_quantized)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What torch.load found, in our words. Its own are a page, and advise to run what is there."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot read it: {error.strerror}"
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if wants := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it wants to run {wants[1]}"
+    return "it is cut short, damaged, or something else"
 
 
 def drop_pages(tensor: Tensor) -> None:
@@ -93,17 +112,21 @@ class Tensors(Mapping):
         self.dir = Path(dir)
         self.handles: dict[Path, safe_open | dict] = {}         # file -> open file
         self.files: dict[str, Path] = {}                        # tensor -> file that holds it
-        there = [store for store in STORES if any((self.dir / name).is_file() for name in store)]
-        if not there:
-            names = ", ".join(name for store in STORES for name in store)
-            raise UserError(f"{self.dir}: no weights here (looked for {names})")
         # the hub often keeps .bin beside safetensors
-        single, index = (self.dir / name for name in there[0])
-        if single.is_file() and index.is_file():
-            raise UserError(f"{self.dir}: holds both {single.name} and {index.name}; remove the "
-                            "one that is outdated")
-        if single.is_file():
-            self._open(single)
+        for store in STORES:
+            found = [self.dir / name for name in store if present(self.dir / name)]
+            if found:
+                break
+        else:
+            names = ", ".join(name for store in STORES for name in store)
+            what = instead(self.dir) or f"no weights here (looked for {names})"
+            raise UserError(f"{self.dir}: {what}")
+        if len(found) == 2:
+            raise UserError(f"{self.dir}: holds both {store[0]} and {store[1]}; remove the one "
+                            "that is outdated")
+        index = found[0]
+        if index.name == store[0]:
+            self._open(index)
             return
         table = self._read_index(index)
         for path in sorted(set(table.values())):
@@ -112,8 +135,8 @@ class Tensors(Mapping):
 
     @staticmethod
     def _read_index(path: Path) -> dict[str, Path]:
-        table = read_json(path).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        table = read_json(path, most=JSON_BYTES).get("weight_map")
+        if not fits(table, dict[str, str]):
             raise UserError(f'{path}: no "weight_map" from tensor names to file names')
         for name, file in table.items():
             if Path(file).name != file:              # an index must not reach out of its folder
@@ -122,7 +145,7 @@ class Tensors(Mapping):
         return {name: path.parent / file for name, file in table.items()}
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():
+        if not present(path):
             raise UserError(f"{path}: this shard is missing (the index names it)")
         if path.suffix == ".bin":
             self.handles[path] = unpickle(path)
@@ -149,7 +172,12 @@ class Tensors(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         handle = self.handles[self.files[name]]          # mapped either way
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        if isinstance(handle, dict):
+            return handle[name]
+        try:
+            return handle.get_tensor(name)
+        except Exception as e:                           # a number format that torch hasn't
+            raise UserError(f"{self.files[name]}: {name} can't be read ({e})") from e
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -163,6 +191,10 @@ class Tensors(Mapping):
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; no number is read for it."""
         return tuple(self[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's number format."""
+        return self[name].dtype
 
     def nbytes(self, name: str) -> int:
         """How many bytes of the files it takes."""
@@ -263,7 +295,7 @@ def _plan(module: nn.Module, owners: dict[str, tuple[list[str], Tensor]], tensor
     """Which public tensor goes where: first name in the module -> public name. UserError unless
     everything fits."""
     first_of = {name: first for first, (names, _) in owners.items() for name in names}
-    plan, unknown, misshapen = {}, [], []
+    plan, unknown, misshapen, unlike = {}, [], [], []
     for public in tensors:
         if any(fnmatchcase(public, pattern) for pattern in unneeded):
             continue
@@ -276,13 +308,17 @@ def _plan(module: nn.Module, owners: dict[str, tuple[list[str], Tensor]], tensor
             raise UserError(f"{tensors.dir}: {public} in {where} and {plan[first]} in "
                             f"{tensors.file(plan[first]).name} are both meant for {first}")
         plan[first] = public
-        needed = tuple(owners[first][1].shape)
-        if tensors.shape(public) != needed:
-            misshapen.append(f"{public} in {where} is {tensors.shape(public)}, needed {needed}")
+        needed = owners[first][1]
+        shape, dtype = tensors.shape(public), tensors.dtype(public)
+        if shape != needed.shape:
+            misshapen.append(f"{public} in {where} is {shape}, needed {tuple(needed.shape)}")
+        elif needed.is_floating_point() and dtype not in FLOATS:
+            unlike.append(f"{public} in {where} is {dtype}")
     missing = [first for first, (_, tensor) in owners.items()
                if first not in plan and tensor.is_meta]
     faults = []
-    for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+    for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen),
+                        ("of a number format that isn't implemented", unlike)):
         if names:
             more = ", ..." if len(names) > 3 else ""
             faults.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")

@@ -21,6 +21,7 @@ so they are arrangements of ccra.py's pieces.
 To add one: a file here with a config and a module, and its two lines below.
 """
 from core.common import UserError
+from core.fields import read, shown
 from fusers.dense_connector import DENSE, DenseConnector, DenseConnectorConfig
 from fusers.igva import IGVA, IGVAConfig
 from fusers.llava import LLaVA, LLaVAConfig
@@ -42,10 +43,10 @@ def read_config(fields: dict, fusers: dict, where: str):
     config)}. UserError naming `where` for a name or a field that is unknown."""
     fields = dict(fields)
     name = fields.pop("name", None)
-    if name not in fusers:
-        raise UserError(f"{where}: has a fuser {name!r}, which is unknown (choose one of "
+    if not isinstance(name, str) or name not in fusers:
+        raise UserError(f"{where}: has a fuser {shown(name)}, which is unknown (choose one of "
                         f"{', '.join(fusers)})")
     _, config = fusers[name]
     if unknown := fields.keys() - config.__dataclass_fields__.keys():
-        raise UserError(f"{where}: gives the fuser {min(unknown)!r}, which is unknown")
-    return config(**fields)
+        raise UserError(f"{where}: gives the fuser {shown(min(unknown))}, which is unknown")
+    return read(config, fields, where)

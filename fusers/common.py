@@ -1,29 +1,12 @@
-"""What several fusers share: checks of their settings, and layers by their share of the depth."""
+"""What several fusers share: checks of their sizes, and layers by their share of the depth."""
+from typing import Annotated
+
 from torch import Tensor
 
 from core.common import UserError
+from core.fields import Range, title
 
-
-def title(config) -> str:
-    """The fuser's name in messages: "LLaVA" of a LLaVAConfig."""
-    return type(config).__name__.removesuffix("Config")
-
-
-def whole(config, **least: int) -> None:
-    """UserError for a setting that isn't a whole number, or is less than it may be."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        if type(value) is not int or value < low:
-            raise UserError(f"{title(config)}: {name} = {value!r} should be a whole number, "
-                            f"{low} or more")
-
-
-def one_of(config, name: str, values: tuple) -> None:
-    """UserError for a setting that is none of these values."""
-    value = getattr(config, name)
-    if value not in values:
-        raise UserError(f"{title(config)}: {name} = {value!r} should be one of "
-                        + ", ".join(values))
+Blocks = Annotated[int, Range(2, 1000)]         # blocks of a tower that has a last one but one
 
 
 def fits(config, **sizes: int) -> None:

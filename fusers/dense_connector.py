@@ -1,11 +1,13 @@
 """Dense Connector (Yao et al., 2024): fixed layers beside LLaVA's, as tokens or as channels. No
 parameters."""
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from fusers.common import at, average, one_of, whole
+from core.fields import Width, check_config
+from fusers.common import Blocks, at, average
 
 DENSE = ("sti", "sci", "dci")
 
@@ -14,13 +16,12 @@ DENSE = ("sti", "sci", "dci")
 class DenseConnectorConfig:
     """kind: sti adds tokens, sci channels of two layers, dci channels of two means (its authors'
     default)."""
-    vision_dim: int = 1024
-    n_layers: int = 24
-    kind: str = "dci"
+    vision_dim: Width = 1024
+    n_layers: Blocks = 24
+    kind: Annotated[str, DENSE] = "dci"
 
     def __post_init__(self):
-        whole(self, vision_dim=1, n_layers=2)
-        one_of(self, "kind", DENSE)
+        check_config(self)
 
 
 class DenseConnector(nn.Module):

@@ -6,23 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from core.common import UserError
-from fusers.common import whole
+from core.fields import Depth, Heads, Width, check_config
+from fusers.common import Blocks
 
 
 @dataclass
 class IGVAConfig:
     """text_dim: width of the sentence's vector. Its authors' is 768; with ours, the language
     model's."""
-    text_dim: int = 4096
-    vision_dim: int = 1024
-    n_layers: int = 24
-    groups: int = 4
-    blocks: int = 4                    # of the allocator
-    heads: int = 4
+    text_dim: Width = 4096
+    vision_dim: Width = 1024
+    n_layers: Blocks = 24
+    groups: Blocks = 4                 # of layers
+    blocks: Depth = 4                  # of the allocator
+    heads: Heads = 4
 
     def __post_init__(self):
-        whole(self, text_dim=1, vision_dim=1, groups=2, blocks=1, heads=1)
-        whole(self, n_layers=self.groups)
+        check_config(self)
+        if self.groups > self.n_layers:
+            raise UserError(f"IGVA: groups = {self.groups} should be at most n_layers = "
+                            f"{self.n_layers}")
         if self.vision_dim % self.heads:
             raise UserError(f"IGVA: vision_dim = {self.vision_dim} should be a multiple of "
                             f"heads = {self.heads}")

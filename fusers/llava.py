@@ -1,22 +1,24 @@
 """Plain LLaVA-1.5 (Liu et al., 2023): one layer, whatever is asked. No parameters."""
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from fusers.common import whole
+from core.fields import Range, Width, check_config
+from fusers.common import Blocks
 
 
 @dataclass
 class LLaVAConfig:
     """Sizes of the vision tower. copies: 2 is the wide control, whose projector has as many
     parameters as CCRA's."""
-    vision_dim: int = 1024             # d
-    n_layers: int = 24                 # L
-    copies: int = 1
+    vision_dim: Width = 1024           # d
+    n_layers: Blocks = 24              # L
+    copies: Annotated[int, Range(1, 16)] = 1
 
     def __post_init__(self):
-        whole(self, vision_dim=1, n_layers=2, copies=1)
+        check_config(self)
 
 
 class LLaVA(nn.Module):

@@ -1,11 +1,13 @@
 """Multi-layer visual feature fusion (Lin et al., 2025), its external direct fusion (E_D): layers of
 each stage, channels side by side. No parameters."""
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from fusers.common import at, average, one_of, whole
+from core.fields import Width, check_config
+from fusers.common import Blocks, at, average
 
 MLVF_LAYERS = ("18", "3-18-23", "former", "latter", "all")
 
@@ -13,13 +15,12 @@ MLVF_LAYERS = ("18", "3-18-23", "former", "latter", "all")
 @dataclass
 class MLVFConfig:
     """layers: which ones stand beside LLaVA's; the default is one of each stage, as recommended."""
-    vision_dim: int = 1024
-    n_layers: int = 24
-    layers: str = "3-18-23"
+    vision_dim: Width = 1024
+    n_layers: Blocks = 24
+    layers: Annotated[str, MLVF_LAYERS] = "3-18-23"
 
     def __post_init__(self):
-        whole(self, vision_dim=1, n_layers=2)
-        one_of(self, "layers", MLVF_LAYERS)
+        check_config(self)
 
 
 class MLVF(nn.Module):

@@ -2,24 +2,26 @@
 attention."""
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from core.common import UserError
-from fusers.common import at, whole
+from core.fields import Heads, Range, Width, check_config
+from fusers.common import Blocks, at
 
 
 @dataclass
 class MMFuserConfig:
     """Sizes of the vision tower, and of the deformable attention."""
-    vision_dim: int = 1024
-    n_layers: int = 24
-    heads: int = 16
-    points: int = 4                    # that a head looks at, in every layer
+    vision_dim: Width = 1024
+    n_layers: Blocks = 24
+    heads: Heads = 16
+    points: Annotated[int, Range(1, 64)] = 4       # that a head looks at, in every layer
 
     def __post_init__(self):
-        whole(self, vision_dim=1, n_layers=2, heads=1, points=1)
+        check_config(self)
         if self.vision_dim % self.heads:
             raise UserError(f"MMFuser: vision_dim = {self.vision_dim} should be a multiple of "
                             f"heads = {self.heads}")

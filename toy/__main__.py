@@ -19,7 +19,8 @@ from pathlib import Path
 from PIL import Image
 
 from core import flags
-from core.common import read_config, write_json
+from core.common import write_json
+from core.folders import read_config
 from core.tokenizer import Tokenizer
 from core.weights import Tensors, save
 from data import EXAMPLE

@@ -250,11 +250,10 @@ def check_places(args) -> None:
                for flag, (place, source) in PLACES[args.world, args.stage].items()
                if getattr(args, flag) and not Path(getattr(args, flag)).exists()]
     if args.world == "llava" and missing:
-        lines = [f"  --{flag:7} {given}\n            from {source}"
-                 for flag, given, _, source in missing]
-        raise UserError("\n".join(
-            [f"stage {args.stage} needs what isn't there; get it, or say where it is:", *lines,
-             "For the toy world, which needs nothing: --world toy"]))
+        lines = [line for flag, given, _, source in missing
+                 for line in (f"  --{flag:7} {given}", f"            from {source}")]
+        raise UserError(f"stage {args.stage} needs what isn't there; get it, or say where it is:",
+                        *lines, "For the toy world, which needs nothing: --world toy")
     for _, given, place, source in missing:
         if given == place and args.stage == 1:
             raise UserError(

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from core import common
-from core.common import ROOT, UserError, read_config
+from core.common import ROOT, UserError
+from core.folders import read_config
 from tests.core.helpers import fails
 
 
@@ -25,7 +26,7 @@ def test_run(capsys):
         raise error
 
     for error, code, said in ((UserError("no such cat"), 2, "error: no such cat\n"),
-                              (KeyboardInterrupt(), 130, "")):
+                              (KeyboardInterrupt(), 130, "\ninterrupted\n")):
         with pytest.raises(SystemExit) as end:
             common.run(lambda: raises(error))
         assert (end.value.code, capsys.readouterr().err) == (code, said)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core import weights
-from core.common import read_config
+from core.folders import read_config
 from core.weights import INDEX, SINGLE, Tensors, load, save
 from tests.core.helpers import fails, write
 
