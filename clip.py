@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from core import weights
+from core import fields, weights
 from core.common import UserError
+from core.fields import Depth, Epsilon, Heads, Id, Range, Vocabulary, Width, check_config, shown
 from core.layouts import Folder, tower_name
 from core.pictures import MAX_PIXELS, Source, label, open_image
 
@@ -194,65 +196,65 @@ def init_weights(tower: "CLIPVision | CLIPText") -> None:
 FIXED = {"hidden_act": "quick_gelu", "num_channels": 3, "attention_dropout": 0.0}
 
 
-def _read(cls, given, defaults):
+def _read(cls, given, where, defaults):
     """Dataclass from a public config: keys left out get CLIP's public defaults, keys we don't know
     don't concern us."""
-    if not isinstance(given, dict):
-        raise UserError(f"CLIP config: expected a JSON object for {cls.__name__}, found {given!r}")
+    config = fields.read(cls, given, where, defaults)
     for key, value in FIXED.items():
         if given.get(key, value) != value:
-            raise UserError(
-                f"CLIP config: {key} = {given[key]!r} is not implemented (only {value!r} is)")
-    fields = {key: given.get(key, default) for key, default in defaults.items()}
-    for key, value in fields.items():
-        kind = type(defaults[key])
-        if type(value) not in (int, kind) or value < 0 or (value == 0 and key != "eos_token_id"):
-            raise UserError(f"CLIP config: {key} = {value!r} is not a positive {kind.__name__}")
-    width, heads = fields["hidden_size"], fields["num_attention_heads"]
-    if width % heads:
-        raise UserError(f"CLIP config: num_attention_heads = {heads} doesn't divide "
-                        f"hidden_size = {width}")
-    return cls(**fields)
+            raise UserError(f"{where}: {key} = {shown(given[key])} is not implemented (only "
+                            f"{value!r} is)")
+    return config
+
+
+class _Tower:
+    """What the configs of both towers have to be."""
+
+    def __post_init__(self):
+        check_config(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"num_attention_heads = {self.num_attention_heads} doesn't divide "
+                            f"hidden_size = {self.hidden_size}")
 
 
 @dataclass
-class CLIPVisionConfig:
+class CLIPVisionConfig(_Tower):
     """Shape of an image tower. The defaults are those of ViT-L/14 at 336 pixels, LLaVA's and
     CCRA's."""
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    layer_norm_eps: float = 1e-5
+    image_size: Annotated[int, Range(1, 2 ** 14)] = 336
+    patch_size: Annotated[int, Range(1, 2 ** 14)] = 14
+    hidden_size: Width = 1024
+    intermediate_size: Width = 4096
+    num_hidden_layers: Depth = 24
+    num_attention_heads: Heads = 16
+    layer_norm_eps: Epsilon = 1e-5
 
     @classmethod
-    def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        """From a public vision_config or ours. What it leaves out is as in transformers, whose
-        default is ViT-B/32. UserError for what this file doesn't implement."""
-        return _read(cls, config, dict(
+    def from_dict(cls, config: dict, where: str = "config.json") -> "CLIPVisionConfig":
+        """From a public vision_config or ours, of a file `where`. What it leaves out is as in
+        transformers, whose default is ViT-B/32. UserError for what this file doesn't implement."""
+        return _read(cls, config, where, dict(
             image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072,
             num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-5))
 
 
 @dataclass
-class CLIPTextConfig:
+class CLIPTextConfig(_Tower):
     """Shape of a text tower. eos_token_id is the end-of-text token, whose final state stands for
     the text."""
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    vocab_size: Vocabulary = 49408
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Heads = 8
+    max_position_embeddings: Width = 77
+    layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: Id = 49407
 
     @classmethod
-    def from_dict(cls, config: dict) -> "CLIPTextConfig":
+    def from_dict(cls, config: dict, where: str = "config.json") -> "CLIPTextConfig":
         """From a public text_config. UserError for what this file doesn't implement."""
-        return _read(cls, config, asdict(cls()))
+        return _read(cls, config, where, {})
 
 
 def _from_public(tower):
@@ -318,7 +320,7 @@ class CLIPVision(nn.Module):
         llava-hf's, ours. dtype None: as stored. UserError for anything that doesn't fit exactly."""
         folder = Folder(dir)
         with weights.skeleton():
-            tower = cls(CLIPVisionConfig.from_dict(folder.part("vision")))
+            tower = cls(CLIPVisionConfig.from_dict(folder.part("vision"), folder.where))
         return folder.fill(tower, "vision", dtype, device)
 
 
@@ -403,10 +405,12 @@ class CLIP(nn.Module):
         """From a public CLIPModel folder. dtype None: as stored. UserError for anything that
         doesn't fit exactly."""
         folder = Folder(dir)
+        width = {"projection_dim": 512, **folder.config}
+        fields.check(width, {"projection_dim": Width}, folder.where)
         with weights.skeleton():
-            model = cls(CLIPVisionConfig.from_dict(folder.part("vision")),
-                        CLIPTextConfig.from_dict(folder.part("text")),
-                        folder.config.get("projection_dim", 512))
+            model = cls(CLIPVisionConfig.from_dict(folder.part("vision"), folder.where),
+                        CLIPTextConfig.from_dict(folder.part("text"), folder.where),
+                        width["projection_dim"])
         return folder.fill(model, dtype=dtype, device=device)
 
     def save_pretrained(self, dir: str | Path) -> None:
