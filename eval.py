@@ -26,10 +26,10 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -38,7 +38,7 @@ from benchmarks import TASKS, mmmu
 from benchmarks import score as scoring
 from benchmarks.answers import Answer, Question, read_answers
 from core import flags
-from core.common import UserError, lock, read_json, split, write_json, write_text
+from core.common import UserError, lock, make_folder, split, write_json
 from core.flags import whole
 
 if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
@@ -50,11 +50,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fast
-from benchmarks import ask, table1, table2
+from benchmarks import ask, kept, table1, table2
 from ccra import VLM
-from clip import open_image, preprocess
+from clip import preprocess, read_pixels
 from core import distributed
 from core.device import pick_device, pick_dtype
+from core.pictures import remarks
 from core.tokenizer import Tokenizer
 from core.weights import stored_bytes, stored_files
 from data import SYSTEM, Sample, item, make_batch, prompt
@@ -80,15 +81,22 @@ def load_model(folder: str | Path, device: torch.device | str = "auto", dtype: s
 def reply(model: VLM, tokenizer: Tokenizer, rows: list[Sample], pixels: list[Tensor],
           max_new_tokens: int, device: torch.device | str) -> list[str]:
     """Greedy answers to a batch of `prompt`s, each with its picture (3, size, size)."""
+    answers = reply_ids(model, tokenizer, rows, pixels, max_new_tokens, device)
+    return [tokenizer.decode(ids).strip() for ids in answers]
+
+
+def reply_ids(model: VLM, tokenizer: Tokenizer, rows: list[Sample], pixels: list[Tensor],
+              max_new_tokens: int, device: torch.device | str) -> list[list[int]]:
+    """`reply`'s answers as ids, without their ends."""
     items = [item(row, picture) for row, picture in zip(rows, pixels)]
     batch = make_batch(items, model.query, device=device)
     steps = list(model.generate(**batch, max_new_tokens=max_new_tokens,
                                 eos_ids=tokenizer.eos_ids))                # T' x (B)
-    texts = []
+    answers = []
     for ids in torch.stack(steps, 1).tolist() if steps else [[]] * len(rows):
         end = next((t for t, token in enumerate(ids) if token in tokenizer.eos_ids), len(ids))
-        texts.append(tokenizer.decode(ids[:end]).strip())
-    return texts
+        answers.append(ids[:end])
+    return answers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,55 +159,31 @@ def toy_exam(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # The benchmarks: answers
 
-def see(image: Path | bytes | Image.Image | None, how: dict) -> Tensor:
+def see(image: Path | bytes | Image.Image | None, size: int, pad: bool,
+        upright: bool = False) -> Tensor:
     """A question's picture as pixels (3, size, size); zeros where there is none."""
     if image is None:
-        return torch.zeros(3, how["size"], how["size"])
-    if not isinstance(image, Image.Image):
-        image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
-    return preprocess(image, **how)
+        return torch.zeros(3, size, size)
+    if isinstance(image, Image.Image):
+        return preprocess(image, size, pad)
+    return read_pixels(image, size, pad, upright)
 
 
-def pixels_of(question: Question, how: dict) -> Tensor:
+def pixels_of(question: Question, how: dict) -> tuple[Tensor, str | None]:
+    """A question's picture; zeros, and why, for one that can't be read. how: `see`'s arguments."""
     try:
-        return see(question.image, how)
+        return see(question.image, **how), None
     except UserError as e:
-        raise UserError(f"question {question.id}: its picture can't be read ({e})") from None
-
-
-def recorded(out: Path, task: str, asked: list[Question]) -> dict[int, str]:
-    """{place of a question: the line that answers it}, of what any number of processes wrote."""
-    lines = {}
-    for file in sorted(out.glob(f"{task}.*jsonl")):               # TASK.0.jsonl, ..., TASK.jsonl
-        content = file.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]                # a kill may cut the last line
-        for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
-            place = place_of(line, asked)
-            if place is None:
-                raise UserError(f"{file}: line {number} doesn't answer these questions; choose "
-                                "another --out, or remove it")
-            lines[place] = line + "\n"
-    return lines
-
-
-def place_of(line: str, asked: list[Question]) -> int | None:
-    """Which of the questions a line answers; None if it answers none."""
-    try:
-        row = json.loads(line)
-        question = asked[row["place"]]
-        same = (row["question_id"], row["prompt"]) == (question.id, question.prompt)
-        return row["place"] if same else None
-    except (ValueError, TypeError, LookupError):
-        return None
+        return see(None, **how), str(e)
 
 
 def answer_all(model: VLM, tokenizer: Tokenizer, task: str, asked: list[Question], out: Path,
-               batch: int, device: torch.device) -> list[str]:
-    """All processes together answer what isn't answered yet; the first gets the lines of
-    out/TASK.jsonl.
+               key: str, args: argparse.Namespace, device: torch.device) -> dict[int, dict]:
+    """All processes together answer what isn't answered yet; the first gets all rows (kept.read).
 
     Process r appends to TASK.r.jsonl, a line an answer. A batch of which an answer is missing is
-    asked again, whole, as its other rows may change the last digits of an answer's logits.
+    asked again, whole, as its other rows may change the last digits of an answer's logits. Of too
+    many pictures that can't be read a process stops.
     """
     rank, size = distributed.where()
     rows = [prompt([(q.text, None)], tokenizer, image=q.image is not None, strip=False)
@@ -207,31 +191,29 @@ def answer_all(model: VLM, tokenizer: Tokenizer, task: str, asked: list[Question
     length = [len(row.ids) + model.picture_rows * (q.image is not None)
               for row, q in zip(rows, asked)]
     longest_first = sorted(range(len(asked)), key=lambda i: -length[i])    # it may not fit
-    done = recorded(out, task, asked)
-    distributed.wait()                                         # all have read before anybody writes
-    batches = [those for those in split(longest_first, batch) if not done.keys() >= set(those)]
-    mine = batches[rank::size]
+    with distributed.together():                               # all have read before anybody writes
+        done = kept.answered(kept.read(out, task, asked, key))
+    batches = [those for those in split(longest_first, args.batch) if not done >= set(those)]
+    mine, unread = batches[rank::size], set()
+    how = dict(model.image, upright=args.upright)
     own = out / f"{task}.{rank}.jsonl"
-    if own.exists():
-        os.truncate(own, own.read_bytes().rfind(b"\n") + 1)
     bar = tqdm(desc=task, total=sum(map(len, mine)), unit="answer", file=sys.stderr,
                disable=rank > 0)
-    with open(own, "a", encoding="utf-8") as file, ThreadPoolExecutor(4) as pool, bar:
+    with kept.appending(own) as file, ThreadPoolExecutor(4) as pool, bar:
         for those in mine:
-            pixels = list(pool.map(lambda i: pixels_of(asked[i], model.image), those))
-            texts = reply(model, tokenizer, [rows[i] for i in those], pixels,
+            seen = list(pool.map(lambda i: pixels_of(asked[i], how), those))
+            texts = reply(model, tokenizer, [rows[i] for i in those], [x for x, _ in seen],
                           TASKS[task].MAX_NEW_TOKENS, device)
-            for i, text in zip(those, texts):
+            for i, text, (_, why) in zip(those, texts, seen):
+                unread |= {asked[i].image} if why else set()
                 if i not in done:
-                    line = dict(question_id=asked[i].id, prompt=asked[i].prompt, text=text, place=i)
-                    file.write(json.dumps(line) + "\n")
+                    file.write(kept.write(key, i, asked[i], text, why))
                     file.flush()
             bar.update(len(those))
+            if kept.too_many(unread, asked):
+                break
     distributed.wait()
-    if rank > 0:
-        return []
-    done = recorded(out, task, asked)
-    return [done[i] for i in range(len(asked))]
+    return kept.read(out, task, asked, key) if rank == 0 else {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,21 +238,8 @@ def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict:
     weights = [file for folder in folders for file in stored_files(folder)]
     return dict(model=str(args.model), weights=hash_of(weights), config=hash_of(beside),
                 dtype=str(dtype).removeprefix("torch."), quant=args.quant, batch=args.batch,
-                limit=args.limit, decoding="greedy", seed=mmmu.SEED,
+                limit=args.limit, upright=args.upright, decoding="greedy", seed=mmmu.SEED,
                 template=f"{SYSTEM} USER: <image>\\n{{prompt}} ASSISTANT:")
-
-
-def resume(file: Path, fresh: dict) -> dict:
-    """The results.json there is, or else a fresh one. UserError if it is of other settings; the
-    model's folder may move."""
-    if not file.exists():
-        return fresh
-    before = read_json(file, dict, "results.json of an evaluation")
-    for key in fresh:
-        if key not in ("model", "tasks", "seconds") and before.get(key) != fresh[key]:
-            raise UserError(f"{file} is of an evaluation with {key} {before.get(key)}, not "
-                            f"{fresh[key]}; choose another --out")
-    return before
 
 
 def judge(task: str, path: Path, given: list[Answer], submission: Path | None) -> dict:
@@ -294,55 +263,92 @@ def rehearse(task: str, path: Path, asked: list[Question], limit: int) -> None:
         judge(task, path, blank, None if limit else Path(folder, task + "-submission"))
 
 
-def finish(task: str, path: Path, lines: list[str], asked: list[Question], out: Path,
-           results: dict, seconds: float) -> None:
-    """Write out/TASK.jsonl, score it, and set the score into out/results.json."""
-    merged = out / f"{task}.jsonl"
-    write_text(merged, "".join(lines))
-    for part in out.glob(f"{task}.[0-9]*.jsonl"):
-        part.unlink()
-    submission = None if results["limit"] else out / f"{task}-submission"
-    try:
-        entry = judge(task, path, read_answers(merged), submission)
-    except UserError as e:       # answers that the official files can't hold: the other tasks go on
-        print(f"error: {task} has no score: {e}", file=sys.stderr)
-        entry = dict(score=None, interval=None, metrics={}, error=str(e))
-    entry |= dict(questions=len(asked), pictures=len({q.image for q in asked} - {None}),
-                  annotations=path.name, prompt=TASKS[task].TEMPLATE,
-                  max_new_tokens=TASKS[task].MAX_NEW_TOKENS)
+def finish(task: str, path: Path, rows: dict[int, dict], asked: list[Question], out: Path,
+           results: dict, seconds: float) -> bool:
+    """Write out/TASK.jsonl, score it, and set the score into out/results.json. Whether it has one
+    (or is judged elsewhere)."""
+    entry, error = dict(score=None, interval=None, metrics={}), kept.too_few(rows, asked)
+    if not error:
+        merged = kept.merge(out, task, rows)
+        submission = None if results["limit"] else out / f"{task}-submission"
+        try:
+            entry = judge(task, path, read_answers(merged), submission)
+        except UserError as e:   # answers that the official files can't hold: the other tasks go on
+            error = str(e)
+    if error:
+        print(f"error: {task} has no score: {error}", file=sys.stderr)
+        entry["error"] = error
+    entry |= dict(questions=len(asked), pictures=len(kept.pictures(asked)), annotations=path.name,
+                  prompt=TASKS[task].TEMPLATE, max_new_tokens=TASKS[task].MAX_NEW_TOKENS)
+    if unread := len(rows) - len(kept.answered(rows)):
+        entry["unread"] = unread
     seconds += results["seconds"].get(task, 0)                     # asked again, it was there
     for key, value in (("tasks", entry), ("seconds", round(seconds, 1))):
         values = results[key] | {task: value}
         results[key] = {name: values[name] for name in TASKS if name in values}
     write_json(out / "results.json", results)
     print(f"{task}: {table1.figure(entry)}")
+    return not error
+
+
+def find(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[Path, list[Question]]]:
+    """{task: (annotations, questions)} of the tasks that can be asked. The others don't keep these
+    from it: each is a line on stderr. UserError if there is none."""
+    rank, size = distributed.where()
+    found, wrong, notes = {}, {}, Counter()
+    for task in tasks:
+        path = args.annotations or ask.annotations(task, args.data)
+        try:
+            asked = ask.questions(task, args.data, path, args.limit)
+            notes += ask.look(asked, path, slice(rank, None, size))
+            if rank == 0:
+                rehearse(task, path, asked, args.limit)
+            found[task] = path, asked
+        except UserError as e:
+            wrong[task] = str(e)
+    everybody = distributed.gather((wrong, notes))
+    wrong = {task: why for theirs, _ in reversed(everybody) for task, why in theirs.items()}
+    found = {task: found[task] for task in found if task not in wrong}
+    if len(tasks) == 1 and wrong:
+        raise UserError(*wrong.values())
+    if rank == 0:
+        notes = sum((noted for _, noted in everybody), Counter())
+        for task, why in wrong.items():
+            print(f"error: {task} can't be asked: {why}", file=sys.stderr)
+        for line in remarks(notes, args.upright):
+            print(line, file=sys.stderr)
+    if not found:
+        raise UserError("none of these benchmarks can be asked: see above")
+    return found
 
 
 def evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
     """Answer and score benchmarks: out/TASK.jsonl, and out/results.json, written anew after every
-    task."""
+    task. UserError in the end if a task has no score."""
     rank, _, device = distributed.join(args.device, args.threads)
-    places = {task: args.annotations or ask.annotations(task, args.data) for task in tasks}
-    asked = {task: ask.questions(task, args.data, places[task], args.limit) for task in tasks}
-    out = args.out or Path("out/eval") / Path(args.model).resolve().name
-    out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    if rank == 0:
-        held = lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
-        for task in tasks:
-            rehearse(task, places[task], asked[task], args.limit)
+    found, results = find(args, tasks), {}
+    with distributed.together():
+        out = make_folder(args.out or Path("out/eval") / Path(args.model).resolve().name)
+        if rank == 0:
+            held = lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
     model, tokenizer, device = load_as_told(args, device)
-    if rank == 0:
-        fresh = settings(args, model.projector[0].weight.dtype) | dict(tasks={}, seconds={})
-        results = resume(out / "results.json", fresh)
-        write_json(out / "results.json", results)    # from here on the answers are this model's
-    for task in tasks:
-        began = time.monotonic()
-        lines = answer_all(model, tokenizer, task, asked[task], out, args.batch, device)
+    with distributed.together():
+        if rank == 0:
+            fresh = settings(args, model.projector[0].weight.dtype) | dict(tasks={}, seconds={})
+            results = kept.resume(out / "results.json", fresh)
+            write_json(out / "results.json", results)   # from here on the answers are this model's
+    results = distributed.gather(results)[0]
+    unscored = [task for task in tasks if task not in found]
+    for task, (path, asked) in found.items():
+        began, key = time.monotonic(), kept.key_of(results, task)
+        rows = answer_all(model, tokenizer, task, asked, out, key, args, device)
         if rank == 0:
             seconds = time.monotonic() - began
-            finish(task, places[task], lines, asked[task], out, results, seconds)
+            if not finish(task, path, rows, asked, out, results, seconds):
+                unscored.append(task)
     distributed.leave()
+    if unscored and rank == 0:
+        raise UserError(f"without a score: {', '.join(unscored)}; see above")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,9 +365,11 @@ def show_table2(args: argparse.Namespace, task: str) -> None:
     else:
         path = args.annotations or ask.annotations(task, args.data)
         asked = ask.questions(task, args.data, path, args.limit)
+        for line in remarks(ask.look(asked, path), args.upright):
+            print(line, file=sys.stderr)
         images = [q.image for q in asked if q.image is not None]
         turns = [[(q.text, None)] for q in asked if q.image is not None]
-    rows = []
+    how, rows = dict(model.image, upright=args.upright), []
     for those in turns:
         last, _ = those[-1]
         rows.append(prompt(those[:-1] + [(last, None)], tokenizer, strip=task == "toy"))
@@ -369,7 +377,7 @@ def show_table2(args: argparse.Namespace, task: str) -> None:
     def batches():
         for those in tqdm(split(list(range(len(rows))), args.batch), desc="looking",
                           file=sys.stderr):
-            items = [item(rows[i], see(images[i], model.image)) for i in those]
+            items = [item(rows[i], see(images[i], **how)) for i in those]
             batch = make_batch(items, model.query, device=device)
             yield batch["pixels"], batch["query"], batch["query_mask"]
 
@@ -430,6 +438,8 @@ def benchmark_options(g) -> None:
     g.add_argument("--limit", type=whole(0, flags.MANY), default=0, metavar="N", help="ask only "
                    "the first N questions of each part: of POPE's categories, MME's tasks, SEED's "
                    "types, MMMU's subjects")
+    g.add_argument("--upright", action="store_true", help="turn pictures as their orientation tags "
+                   "say, which LLaVA doesn't")
     g.add_argument("--out", type=Path, metavar="DIR",
                    help="for answers and results.json (default: out/eval/MODEL)")
 
@@ -450,7 +460,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         return table1.show(args.table)
     name = args.table2 if args.task is None else args.task
-    tasks = list(TASKS) if name == "all" else name.split(",")
+    tasks = list(TASKS if name == "all" else dict.fromkeys(name.split(",")))
     if not set(tasks) <= {*TASKS, "toy"} or ("toy" in tasks or args.table2) and len(tasks) > 1:
         raise UserError(f"no such task: {name!r} (choose toy alone, "
                         f"{'' if args.table2 else 'all, or some '}of {', '.join(TASKS)})")

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.common import UserError, read_json
+from core.common import UserError, deep, read_json
+from core.flags import shown
+from core.records import inside
 
 SHORT = "Answer the question using a single word or phrase."       # LLaVA's two instructions
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -77,12 +79,36 @@ def expect_rows(rows: Iterable, path: Path, what: str, **fields) -> None:
     """Each of the rows is an object with at least these fields. fields: name = type, or types."""
     for row in rows:
         for name, kind in fields.items():
-            if not (isinstance(row, dict) and isinstance(row.get(name), kind)):
-                raise UserError(f"{path}: not {what}: no good {name!r} in {str(row)[:60]}")
+            if not (isinstance(row, dict) and is_a(row.get(name), kind)):
+                raise UserError(f"{path}: not {what}: no good {name!r} in {repr(row)[:60]}")
+
+
+def is_a(value, kind: type | tuple) -> bool:
+    """isinstance, but True and False are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def are_texts(values: Iterable) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite number of a size that a score can have."""
+    return is_a(value, (int, float)) and abs(value) < 1e9
+
+
+def is_index(text) -> bool:
+    """Whether a text is the digits of a number."""
+    return isinstance(text, str) and text.isdecimal() and len(text) < 19
+
+
+def picture(folder: Path, name: str, path: Path) -> Path:
+    """A picture's file, of a name in the annotations at path. UserError if it isn't in the
+    folder."""
+    if not inside(name):
+        raise UserError(f"{path}: the picture {shown(name)!r} isn't the name of a file in "
+                        f"{folder}; get the official file")
+    return folder / name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,12 +122,14 @@ def read_official(path: Path, kind: type, what: str):
 
 
 def read_lines(path: Path, what: str, skip_bad: bool = False) -> list[tuple[str, dict]]:
-    """[(where it stands, JSON object)] of a file with one object a line. skip_bad: count and skip
-    lines that aren't."""
+    """[(where it stands, JSON object)] of a file with one object a line. Blank lines and a
+    byte-order mark are no harm. skip_bad: count and skip lines that aren't objects."""
     rows, bad = [], []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):      # splitlines() would also cut at U+2028
+                if not line.strip():
+                    continue
                 row = parse(line)
                 if isinstance(row, dict):
                     rows.append((f"{path}: line {number}", row))
@@ -122,9 +150,10 @@ def read_lines(path: Path, what: str, skip_bad: bool = False) -> list[tuple[str,
 
 
 def parse(line: str):
-    """A line's JSON value, None if it has none."""
+    """A line's JSON value, None if it has none, or one that is nested beyond reason."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
+        return None if deep(value) else value
     except (ValueError, RecursionError):
         return None
 
@@ -166,16 +195,17 @@ def join(answers: list[Answer], known: Iterable,
             continue
         given[which] += 1
         if given[which] > known[which]:
-            raise UserError(f"{answer.at}: {answer.id} is answered a second time; keep one of the "
-                            "two lines")
+            raise UserError(f"{answer.at}: {shown(answer.id)} is answered a second time; keep one "
+                            "of the two lines")
         joined[which] = answer
     if strange and not (strangers and joined):
-        raise UserError(f"{strange[0].at}: no such question in the annotations: {strange[0].id} "
+        raise UserError(f"{strange[0].at}: no such question in the annotations: "
+                        f"{shown(strange[0].id)} "
                         f"({len(strange)} of {len(answers)} answers have none); are these the "
                         "answers to another task or version?")
     if strange:
         warn(f"{len(strange)} answers are ignored, the annotations don't have these questions "
-             f"(first: {strange[0].id}, {strange[0].at})")
+             f"(first: {shown(strange[0].id)}, {strange[0].at})")
     return joined
 
 
@@ -192,6 +222,7 @@ def absent(questions: Iterable, answered: dict, consequence: str | None,
     gone = [which for which in questions if which not in answered]
     if gone:
         first = " ".join(gone[0]) if isinstance(gone[0], tuple) else gone[0]
+        first = shown(str(first))
         some = f"{len(gone)} of {len(questions)} questions have no answer"
         if consequence is None:
             raise UserError(f"{some} (first: {first}); this task's score is that of all of them: "

@@ -15,6 +15,7 @@ from benchmarks.answers import (
     expect,
     expect_rows,
     join,
+    picture,
     read_official,
 )
 from benchmarks.statistics import by, margin, percent
@@ -36,7 +37,7 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
     expect_rows(rows.values(), path, WHAT, question=str, imageId=str)
     for id, row in rows.items():
         text = TEMPLATE.format(question=row["question"])
-        yield Question(id, text, folder / "images" / f"{row['imageId']}.jpg")
+        yield Question(id, text, picture(folder / "images", f"{row['imageId']}.jpg", path))
 
 
 def score(path: Path, answers: list[Answer], limited: bool = False) -> tuple[float, dict]:

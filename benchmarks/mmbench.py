@@ -14,7 +14,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.answers import LETTER, Answer, Question, absent, expect, join, lettered
+from benchmarks.answers import (
+    LETTER,
+    Answer,
+    Question,
+    absent,
+    expect,
+    is_index,
+    join,
+    lettered,
+)
 from benchmarks.others import can_infer
 from benchmarks.statistics import by, margin, percent
 from core.common import UserError, write_beside
@@ -40,7 +49,7 @@ def read(path: Path, pictures: bool = False) -> list[dict]:
     """The table, mostly without its pictures (base64); index as a string, empty cells None."""
     csv.field_size_limit(2 ** 31 - 1)                    # a picture is one field
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             columns = set(reader.fieldnames or ())
             expect({"index", "question", "A", "B", "C", "D"} <= columns, path, WHAT)
@@ -50,7 +59,7 @@ def read(path: Path, pictures: bool = False) -> list[dict]:
         raise UserError(f"{path}: cannot read it ({e.strerror}); it should be {WHAT}") from None
     except (UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: not {WHAT} ({e})") from None
-    good = all(None not in row and (row["index"] or "").isdecimal() for row in rows)
+    good = all(None not in row and is_index(row["index"]) for row in rows)
     expect(rows and good, path, WHAT)
     return rows
 
@@ -150,8 +159,10 @@ def submit(path: Path, answers: list[Answer], to: Path) -> str:
         text = joined[row["index"]].text if row["index"] in joined else None
         filled_in = row | {"index": int(row["index"]), "prediction": text}
         try:
-            book.active.append([filled_in[column] for column in columns])
-        except IllegalCharacterError:
+            cells = [filled_in[column] for column in columns]
+            str(text).encode()                           # half a surrogate pair
+            book.active.append(cells)
+        except (IllegalCharacterError, UnicodeEncodeError):
             raise UserError(f"{to}: .xlsx can't hold a control character of question "
                             f"{row['index']}") from None
     write_beside(to, book.save)

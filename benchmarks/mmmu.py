@@ -68,7 +68,8 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
                 image_1=dict)
     for row in rows:
         options, image = as_list(row["options"]), row["image_1"].get("bytes")
-        expect(isinstance(options, list) and image, path, f"{what}: {row['id']} is incomplete")
+        good = isinstance(options, list) and image and isinstance(image, bytes)
+        expect(good, path, f"{what}: {row['id']} is incomplete")
         template = TEMPLATE if row["question_type"] == "multiple-choice" else TEMPLATE_OPEN
         text = template.format(question=row["question"], options=lettered(options, "({}) {}"))
         yield Question(row["id"], text, image, part=subject_of(row["id"]))
@@ -98,7 +99,7 @@ def as_list(value):
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             pass
     return value
 

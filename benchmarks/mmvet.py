@@ -15,7 +15,9 @@ from benchmarks.answers import (
     are_texts,
     expect,
     expect_rows,
+    is_index,
     join,
+    picture,
     read_official,
 )
 from benchmarks.statistics import margin
@@ -35,7 +37,7 @@ WHAT = f"MM-Vet's questions ({ANNOTATIONS})"
 def read(path: Path) -> dict[str, dict]:
     """{"v1_0": {"capability": [...], ...}}."""
     rows = read_official(path, dict, WHAT)
-    expect(all(id.startswith("v1_") and id[3:].isdecimal() for id in rows), path, WHAT)
+    expect(all(id.startswith("v1_") and is_index(id[3:]) for id in rows), path, WHAT)
     expect_rows(rows.values(), path, WHAT, capability=list)
     expect(all(are_texts(row["capability"]) for row in rows.values()), path, WHAT)
     return rows
@@ -47,7 +49,8 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
     expect_rows(rows.values(), path, WHAT, question=str, imagename=str)
     for id, row in rows.items():
         text = TEMPLATE.format(question=row["question"])
-        yield Question(int(id.removeprefix("v1_")), text, folder / "images" / row["imagename"])
+        image = picture(folder / "images", row["imagename"], path)
+        yield Question(int(id.removeprefix("v1_")), text, image)
 
 
 def score(path: Path, answers: list[Answer], limited: bool = False) -> tuple[None, dict]:

@@ -17,6 +17,7 @@ from benchmarks.answers import (
     absent,
     expect_rows,
     join,
+    picture,
     read_lines,
     warn,
 )
@@ -48,8 +49,8 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
     for category, first in FIRST_ID.items():
         for row in read(path, category, image=str):
             text = TEMPLATE.format(question=row["text"])
-            yield Question(first + row["question_id"], text, folder / "val2014" / row["image"],
-                           part=category)
+            image = picture(folder / "val2014", row["image"], path)
+            yield Question(first + row["question_id"], text, image, part=category)
 
 
 def score(path: Path, answers: list[Answer], limited: bool = False) -> tuple[float, dict]:

@@ -19,6 +19,7 @@ from benchmarks.answers import (
     expect_rows,
     join,
     lettered,
+    picture,
     read_official,
     warn,
 )
@@ -58,7 +59,8 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
         text = TEMPLATE.format(context=context, question=row["question"],
                                options=lettered(row["choices"]))
         if row["image"]:
-            image = folder / "images" / "test" / pid / row["image"]
+            own = picture(folder / "images" / "test", pid, path / "problems.json")
+            image = picture(own, row["image"], path / "problems.json")
             yield Question(pid, text, image, slot="<image>\n", part="with")
         else:
             yield Question(pid, text, None, part="without")

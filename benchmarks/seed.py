@@ -17,6 +17,7 @@ from benchmarks.answers import (
     expect_rows,
     join,
     lettered,
+    picture,
     read_official,
 )
 from benchmarks.statistics import by, margin, percent
@@ -43,9 +44,9 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
     for row in rows:
         id, kind = row["question_id"], row["question_type_id"]
         if row["data_type"] == "image":
-            image = folder / "SEED-Bench-image" / row["data_id"]
+            image = picture(folder / "SEED-Bench-image", row["data_id"], path)
         elif frames.is_dir():
-            image = frames / f"{kind}_{id}.png"
+            image = picture(frames, f"{kind}_{id}.png", path)
         else:
             continue
         options = lettered([row[choice] for choice in CHOICES])

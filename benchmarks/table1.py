@@ -1,9 +1,8 @@
 """Table 1: what the paper reports, and what eval.py measured, side by side."""
 from pathlib import Path
 
-from benchmarks import TASKS
-from benchmarks.answers import expect, expect_rows
-from core.common import read_json
+from benchmarks.kept import read_results
+from core.flags import shown
 
 COLUMNS = dict(gqa="GQA", scienceqa="SQA", textvqa="TextVQA", vizwiz="VizWiz", mmbench="MMB-en",
                mmvet="MM-Vet", seed="SEED-I", mmmu="MMMU", mme="MME-p", pope="POPE")
@@ -39,26 +38,15 @@ def figure(entry: dict | None) -> str:
     return f"{entry['score']:.{digits}f} ±{off:.{digits}f}"
 
 
-def read(file: Path) -> dict:
-    """A results.json of eval.py. UserError if it isn't one."""
-    what = "a results.json of eval.py"
-    content = read_json(file, dict, what)
-    expect_rows([content], file, what, tasks=dict, model=str, weights=str, limit=int)
-    expect(content["tasks"].keys() <= TASKS.keys(), file, what)
-    expect_rows(content["tasks"].values(), file, what, score=(float, int, type(None)),
-                interval=(list, type(None)))
-    return content
-
-
 def show(files: list[Path]) -> None:
     """Print the table. UserError for a file that isn't one of eval.py's results."""
-    results = [read(file) for file in files]
+    results = [read_results(file) for file in files]
     print(f"{'reported':32}" + "".join(f"{name:>14}" for name in COLUMNS.values()))
     for name, row in REPORTED.items():
         print(f"{name:32}" + "".join(f"{value:>14}" for value in row.split()))
     print("\nmeasured")
     for content in results:
-        name = f"{Path(content['model']).name} {content['weights'][7:15]}"
+        name = shown(f"{Path(content['model']).name} {content['weights'][7:15]}")
         name += f" (first {content['limit']})" if content["limit"] else ""
         figures = [figure(content["tasks"].get(task)) for task in COLUMNS]
         print(f"{name:32}" + "".join(f"{value:>14}" for value in figures))

@@ -19,6 +19,7 @@ from benchmarks.answers import (
     expect,
     expect_rows,
     join,
+    picture,
     read_official,
 )
 from benchmarks.normalise import evalai, vqa_accuracy
@@ -56,7 +57,7 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
         id = row["image_id"]
         expect(id in tokens, ocr, f"the OCR tokens of {path.name}: it lacks picture {id}")
         text = TEMPLATE.format(question=row["question"].capitalize(), tokens=", ".join(tokens[id]))
-        yield Question(id, text, folder / "train_images" / f"{id}.jpg")
+        yield Question(id, text, picture(folder / "train_images", f"{id}.jpg", path))
 
 
 def score(path: Path, answers: list[Answer], limited: bool = False) -> tuple[float, dict]:

@@ -20,6 +20,7 @@ from benchmarks.answers import (
     expect,
     expect_rows,
     join,
+    picture,
     read_official,
 )
 from benchmarks.normalise import CONTRACTIONS_VIZWIZ, evalai, vqa, vqa_accuracy
@@ -49,7 +50,7 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
     """val.json; with --annotations .../test.json the test split, whose pictures lie in test/."""
     for i, row in enumerate(read(path)):
         text = TEMPLATE.format(question=row["question"].capitalize())
-        yield Question(i, text, folder / path.stem / row["image"])
+        yield Question(i, text, picture(folder / path.stem, row["image"], path))
 
 
 def score(path: Path, answers: list[Answer], limited: bool = False) -> tuple[float | None, dict]:

@@ -152,9 +152,19 @@ def encodable(text: str) -> bool:
 
 
 def inside(path: str) -> bool:
-    """Whether a path stays in the folder it is relative to. Links in that folder may lead out: its
-    owner made them."""
-    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
+    """Whether a path stays in the folder it is relative to, on any system: "\\" parts names, too,
+    C: and control characters are in none. Links in that folder may lead out: its owner made
+    them."""
+    names, depth = re.split(r"[/\\]", path), 0
+    if names[0] == "" or re.match(r"[A-Za-z]:[/\\]", path) or re.search(r"[\x00-\x1f\x7f]", path):
+        return False
+    for name in names:
+        if len(name) > 2 and not name.strip(" ."):       # Windows takes "... " for ".", or for ".."
+            return False
+        depth += (name not in ("", ".", "..")) - (name == "..")
+        if depth < 0:
+            return False
+    return True
 
 
 def lacks(turns: Turns, picture: int | None) -> str | None:

@@ -2,6 +2,7 @@
 processes, killed and resumed, scored, shown beside Table 1."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,8 @@ from benchmarks import TASKS, ask, table1
 from benchmarks.answers import read_answers
 from benchmarks.score import score
 from ccra import VLM, CCRAConfig
-from clip import CLIPVision
-from core.common import ROOT
+from clip import CLIPVision, read_pixels
+from core.common import ROOT, UserError
 from core.tokenizer import Tokenizer
 from llama import Llama
 from tests.benchmarks.helpers import fails, write_json
@@ -119,9 +120,7 @@ def test_every_task_end_to_end(data, model, whole):
         assert any(row["text"] for row in rows) and entry["questions"] == len(asked)
         assert entry["prompt"] == TASKS[task].TEMPLATE
         assert entry["max_new_tokens"] == TASKS[task].MAX_NEW_TOKENS
-        if "error" in entry:             # nonsense with line breaks, which MME's files can't hold
-            assert task == "mme" and "line break" in entry["error"]
-            continue
+        assert "error" not in entry and "unread" not in entry
         given = read_answers(whole / f"{task}.jsonl")
         again = score(task, path, given, limited=task == "seed")
         assert (entry["score"], entry["metrics"]) == (again["primary"], again["metrics"])
@@ -235,6 +234,74 @@ def test_a_part_of_them(data, model, tmp_path, one_thread, capsys):
     upload = json.loads((tmp_path / "b/vizwiz-submission.json").read_text())
     assert [row["image"] for row in upload] == ["VizWiz_test_00000000.jpg"]
     assert "eval.ai" in capsys.readouterr().err
+
+
+def test_what_cannot_be_asked_keeps_nobody_waiting(data, model, whole, tmp_path, capsys,
+                                                    one_thread):
+    """The others are asked and scored as before; in the end it is an error."""
+    broken = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(broken / "vizwiz")
+    (broken / "gqa/data/images/p1.jpg").write_bytes(b"")
+    rows = json.loads((broken / "mm-vet/mm-vet.json").read_text())
+    rows["v1_1"]["imagename"] = "../../vizwiz/val.json"
+    write_json(broken / "mm-vet/mm-vet.json", rows)
+    tasks = ["gqa", "vizwiz", "mmvet", "pope"]
+    with fails("without a score: gqa, vizwiz, mmvet"):
+        evaluation.main(command(broken, model, tmp_path / "out", tasks=tasks))
+    found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
+    assert found == {"pope": json.loads((whole / "results.json").read_text())["tasks"]["pope"]}
+    said = capsys.readouterr().err
+    for task, why in (("gqa", "p1.jpg: is empty"), ("vizwiz", "not there; vizwiz has its anno"),
+                      ("mmvet", "isn't the name of a file in")):
+        assert re.search(rf"error: {task} can't be asked: .*{re.escape(why)}", said), said
+    with fails("none of these"):
+        evaluation.main(command(broken, model, tmp_path / "none", tasks=tasks[:2]))
+    assert not (tmp_path / "none").exists()
+
+
+def test_pictures_that_show_only_later_that_they_cannot_be_read(data, model, whole, tmp_path,
+                                                                monkeypatch, one_thread, capsys):
+    """Of a few the questions count as answered by nothing, and the other answers stay the same;
+    asked again, all is well. Of more there is no score."""
+    def bad(*names):
+        def read(path, *more, **how):
+            if getattr(path, "name", "") in names:
+                raise UserError(f"{path}: cut")
+            return read_pixels(path, *more, **how)
+
+        monkeypatch.setattr(evaluation, "read_pixels", read)
+
+    again = command(data, model, tmp_path, tasks=["pope"])
+    wanted = (whole / "pope.jsonl").read_text().splitlines()
+    bad("COCO_val2014_1.jpg", "COCO_val2014_2.jpg")
+    with fails("without a score: pope"):
+        evaluation.main(again)
+    assert "error: pope has no score: 2 of 3 pictures" in capsys.readouterr().err
+    bad("COCO_val2014_2.jpg")
+    evaluation.main(again)
+    rows = (tmp_path / "pope.jsonl").read_text().splitlines()
+    assert [i for i in range(9) if rows[i] != wanted[i]] == [1, 4, 7]
+    assert [json.loads(rows[i])["text"] for i in (1, 4, 7)] == [""] * 3
+    assert "warning: 1 of 3 pictures can't be read (first: " in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"]["pope"]["unread"] == 3
+    bad()
+    evaluation.main(again)
+    assert (tmp_path / "pope.jsonl").read_text().splitlines() == wanted
+    assert json.loads(results(tmp_path))["tasks"]["pope"] == json.loads(results(whole))["tasks"][
+        "pope"]
+
+
+def test_answers_and_places_that_are_no_good(data, model, whole, tmp_path, one_thread):
+    """An answer that was edited, a file where a folder should be."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    file = out / "pope.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text(rows[0].replace('"text": "', '"text": "No, ') + "".join(rows[1:]))
+    with fails("pope.jsonl: line 1 was changed", "--out", "--score pope"):
+        evaluation.main(command(data, model, out, tasks=["pope"]))
+    for place in (file, file / "in"):
+        with fails(str(place), "choose a folder"):
+            evaluation.main(command(data, model, place, tasks=["pope"]))
 
 
 def test_words():

@@ -1,5 +1,6 @@
 """What the ten benchmarks ask, in LLaVA's words, from tiny ones in the official layouts."""
 import base64
+import json
 import shutil
 
 import pytest
@@ -91,8 +92,66 @@ def test_pictures_in_a_table_are_looked_at(data, tmp_path):
     table = (data[0] / "mmbench/mmbench_dev_20230712.tsv").read_text()
     whole = base64.b64encode(picture("white")).decode()
     none = base64.b64encode(b"no picture").decode()
+    path = tmp_path / "x.tsv"
     for bad, said in [("abc", "row 1 is not base64"), (none, "the picture of 1 "),
                       ("", "row 1 is incomplete")]:
-        (tmp_path / "x.tsv").write_text(table.replace(whole, bad))
+        path.write_text(table.replace(whole, bad))
         with fails("x.tsv", said):
-            ask.questions("mmbench", data[0], tmp_path / "x.tsv")
+            ask.look(ask.questions("mmbench", data[0], path), path)
+
+
+def test_pictures_that_were_cut_are_found(data, tmp_path):
+    shutil.copytree(data[0], tmp_path, dirs_exist_ok=True)
+    path = ask.annotations("pope", tmp_path)
+    asked = ask.questions("pope", tmp_path, path)
+    assert not ask.look(asked, path)
+    first, last = asked[0].image, asked[-1].image
+    last.write_bytes(last.read_bytes()[:-30])
+    with fails("coco: the picture of 3 can't be read", last.name, "get it again"):
+        ask.look(asked, path)
+    first.write_bytes(b"")
+    with fails("the picture of 1 can't be read", "empty", "nor can 1 others of 3"):
+        ask.look(asked, path)
+    assert not ask.look(asked, path, slice(1, None, 3))               # that of another process
+
+
+# what a name in the annotations can be, and isn't the name of a picture in the folder
+OUT = ["../x.jpg", "/etc/hostname", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "c:/x.jpg",
+       "\\\\host\\x.jpg", "a\0.jpg", "a\n.jpg", "...", "/", ""]
+NAMED = dict(gqa=("gqa/data/testdev_balanced_questions.json", "p0"),
+             scienceqa=("scienceqa/problems.json", "image.png"),
+             textvqa=("textvqa/TextVQA_0.5.1_val.json", "u"),
+             vizwiz=("vizwiz/val.json", "VizWiz_val_00000000.jpg"),
+             mmvet=("mm-vet/mm-vet.json", "v1_0.png"), seed=("seed_bench/SEED-Bench.json", "x101"),
+             pope=("pope/coco/coco_pope_random.json", "COCO_val2014_1.jpg"))
+
+
+@pytest.mark.parametrize("task", NAMED)
+def test_no_picture_leads_out_of_the_folder(task, data, tmp_path):
+    """It is said before anything is looked for, so also where there is such a file."""
+    shutil.copytree(data[0], tmp_path, dirs_exist_ok=True)
+    file, name = tmp_path / NAMED[task][0], NAMED[task][1]
+    whole = file.read_text()
+    texts = tmp_path / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json"
+    for bad in OUT:
+        if task in ("gqa", "textvqa") and bad in ("", "...") or task == "scienceqa" and not bad:
+            continue                             # which ".jpg" makes a name, or which is no picture
+        changed = whole.replace(json.dumps(name), json.dumps(bad))
+        assert changed != whole
+        file.write_text(changed)
+        if task == "textvqa":
+            texts.write_text(json.dumps(dict(data=[dict(image_id=id, ocr_tokens=[])
+                                                   for id in (bad, "u", "v")])))
+        with fails(file.parent.name if task == "pope" else file.name, "isn't the name of a file"):
+            read(task, tmp_path)
+
+
+@pytest.mark.parametrize("task", READABLE)
+def test_annotations_with_a_byte_order_mark_and_blank_lines(task, data, tmp_path):
+    """As Windows' editors save them: the same questions."""
+    shutil.copytree(data[0], tmp_path, dirs_exist_ok=True)
+    texts = [file for file in tmp_path.rglob("*") if file.suffix in (".json", ".tsv", ".txt")]
+    for file in texts:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().rstrip(b"\n") + b"\n\n")
+    was = [(q.id, q.prompt) for q in read(task, data[0])]
+    assert [(q.id, q.prompt) for q in read(task, tmp_path)] == was
