@@ -9,7 +9,6 @@ by about two records. What has been invented stays in the folder for the next ti
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -172,6 +171,7 @@ def main() -> None:
         except (OSError, ValueError):        # one of them ended in the meantime
             pass
         time.sleep(0.5)
+    import resource  # Windows, which has none, doesn't come this far
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{time.perf_counter() - tic:.0f} s, processor time "
           f"{used.ru_utime + used.ru_stime:.0f} s, peak memory of all processes together "

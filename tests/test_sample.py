@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,30 @@ def test_pictures_as_a_viewer_shows_them(tmp_path, ask, refused, monkeypatch):
     refused(*question, image="https://a.b/c.png", names=["https://a.b/c.png", "download"])
 
 
+def test_a_chat_has_a_way_on(ask, monkeypatch):
+    """A key that can't be edited with, bytes that are no text, a full context."""
+    lines = b"Is there \x1b[Dan owl?\n\xff?\n/image \xff.png\nIs there an owl?\nAnd a dog?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(sample.Asker, "context", 130)      # 64 of the picture, 41 and the question
+    out, err = ask("--chat")
+    assert len(out.splitlines()) == 1
+    said = [line for line in err.replace("> ", "").splitlines() if line.startswith("error")]
+    for line, words in zip(said, ["type it again", "isn't valid Unicode", "no such image",
+                                  "no room for another answer"], strict=True):
+        assert words in line
+    assert "130 positions; /new begins anew" in said[-1]
+
+
+def test_an_answer_that_is_cut_says_so(ask):
+    question = "--q", "What word is printed?", "--max-new-tokens"
+    assert "[cut off after 1 token: --max-new-tokens]" in ask(*question, 1).err
+    assert "cut off" not in ask(*question, 64).err
+    asker = sample.Asker.__new__(sample.Asker)
+    asker.args, asker.model = sample.arguments(["--image", "x", "--q", "x"]), SimpleNamespace(
+        llm=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512)))
+    assert asker.cut(2) == "cut off after 2 tokens: the language model's 512 positions are full"
+
+
 def test_control_tokens_in_a_question_are_text(ask):
     tokenizer = Tokenizer.from_pretrained(toy.MODEL)
     for typed in ("</s>", "<image>", "<|im_end|>", "<s>", "<unk>"):
@@ -120,6 +145,95 @@ def test_control_tokens_in_a_question_are_text(ask):
 def test_the_bundled_weights_are_small():
     assert sum(f.stat().st_size for f in toy.MODEL.rglob("*") if f.is_file()) <= 12 * 1000 * 1000
     assert len(Tensors(toy.MODEL)) > 100
+
+
+# --------------------------------------------------------------------------------------------------
+# A file of questions
+
+def write_lines(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def answered(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_of_questions(tmp_path, ask, capsys):
+    """In order and in batches the answers are those to single questions; what can't be read is
+    said, and the rest goes on."""
+    words = ["How many donuts are there?", "What color is the square?", "What word is printed?"]
+    shutil.copy(SCENE, tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    alone = ask(*(word for q in words for word in ("--q", q))).out.splitlines()
+    file = write_lines(
+        tmp_path / "q.jsonl", dict(image="a.png", question=words[0], question_id="x"),
+        dict(image=["a.png"], prompt=words[1]), dict(image="bad.png", text="Why?", question_id=7),
+        dict(image="./a.png", text=words[2]), dict(image="gone.png", question="Why?"),
+        dict(image=None, question="Why?"))
+    command = ["--questions", str(file), "--batch", "2"]
+    with pytest.raises(UserError, match="2 of 6 questions have no answer.*bad.png"):
+        sample.main(command)
+    out, err = capsys.readouterr()
+    rows = answered(out)
+    assert [row["question_id"] for row in rows] == ["x", 2, 7, 4, 5, 6]
+    assert [row["prompt"] for row in rows] == [words[0], words[1], "Why?", words[2], "Why?", "Why?"]
+    assert [rows[i]["text"] for i in (0, 1, 3)] == alone and "text" in rows[5]
+    assert "bad.png" in rows[2]["error"] and "gone.png: no such image" in rows[4]["error"]
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "error"]
+    (tmp_path / "bad.png").write_bytes(SCENE.read_bytes())
+    shutil.copy(SCENE, tmp_path / "gone.png")
+    to = tmp_path / "answers.jsonl"
+    sample.main([*command, "--answers", str(to), "--max-new-tokens", "1"])
+    assert "of 6 questions: cut off after 1 token" in capsys.readouterr().err
+    rows = answered(to.read_text())
+    assert all("error" not in row for row in rows) and "cut" in rows[3]
+    assert sorted(path.name for path in tmp_path.glob("answers*")) == ["answers.jsonl"]
+
+
+def test_an_interrupted_file_keeps_its_answers(tmp_path, monkeypatch, capsys):
+    shutil.copy(SCENE, tmp_path / "a.png")
+    file = write_lines(tmp_path / "q.jsonl", *[dict(image="a.png", question="Is it?")] * 3)
+    reply, calls = sample.reply_ids, []
+
+    def once(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return reply(*given)
+
+    monkeypatch.setattr(sample, "reply_ids", once)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--questions", str(file), "--batch", "1", "--answers", str(tmp_path / "o")])
+    assert f"what was answered is in {tmp_path / 'o.part'}" in capsys.readouterr().err
+    assert len(answered((tmp_path / "o.part").read_text())) == 1 and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("row, names", [
+    (dict(image="a.png"), "question"), (dict(image="a.png", question=" "), "question"),
+    (dict(question="x"), 'no "image"'), (dict(image=["a.png"] * 2, question="x"), "2 pictures"),
+    (dict(image=3, question="x"), "path"), (dict(image="a\0.png", question="x"), "path"),
+    (dict(image="../a.png", question="x"), "--images"), (dict(image="/a.png", question="x"), "out"),
+    (dict(image="a.png", question="x", question_id=[1]), "question_id"), ([1], "JSON object"),
+    (dict(image="a.png", question="\ud800"), "question")])
+def test_bad_lines(tmp_path, row, names):
+    shutil.copy(SCENE, tmp_path / "a.png")
+    file = write_lines(tmp_path / "q.jsonl", dict(image="a.png", question="x"), row)
+    with pytest.raises(UserError, match=f"q.jsonl: line 2.*{names}"):
+        sample.main(["--questions", str(file)])
+
+
+def test_bad_files_of_questions(tmp_path):
+    shutil.copy(SCENE, tmp_path / "a.png")
+    file = write_lines(tmp_path / "q.jsonl", dict(image="a.png", question="why " * 3000))
+    for words, said in [([], "line 1: the question is too long"),
+                        (["--images", str(tmp_path / "no")], "none of its pictures is there"),
+                        (["--answers", str(file)], "give another"),
+                        (["--answers", str(tmp_path)], "should be a file"),
+                        (["--answers", str(tmp_path / "no" / "x")], "should be a file"),
+                        (["--temperature", "1"], "greedy"), (["--chat"], "--chat")]:
+        with pytest.raises(UserError, match=said):
+            sample.main(["--questions", str(file), *words])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,7 +317,9 @@ def test_it_draws(tmp_path, ask, monkeypatch):
     (["--heatmap", "x.png", "--layers", "a,b"], "a,b"),
     (["--heatmap", "x.png", "--layers", ""], "--layers"), (["--beside", "x"], "--heatmap"),
     (["--chat", "--heatmap", "x.png"], "--chat"),
-    (["--q", "again?", "--html", "x.html"], "one --q"), (["--chat", "--q", "again?"], "one --q")])
+    (["--q", "again?", "--html", "x.html"], "one --q"), (["--chat", "--q", "again?"], "one --q"),
+    (["--image", "y.png"], "one picture"), (["--images", "x"], "--images is for --questions"),
+    (["--answers", "x"], "--questions"), (["--questions", "x"], "--image doesn't go with")])
 def test_refusals(arguments, names):
     with pytest.raises(UserError, match=re.escape(names)) as e:
         sample.arguments(["--image", "x.png", "--q", "what?", *arguments])

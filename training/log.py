@@ -2,7 +2,6 @@
 log.csv, which training/curve.py draws."""
 import math
 import os
-import resource
 import sys
 import time
 
@@ -12,6 +11,11 @@ from core.common import UserError, write_text
 from core.distributed import where
 from training import curve, plan
 from training.options import PAPER_STEPS
+
+try:
+    import resource
+except ImportError:                 # Windows
+    resource = None
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "data_wait",
            "peak_gib")
@@ -94,7 +98,8 @@ class Log:
         peak = peak_flops(device)
         mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
         wait = f"{100 * waited / seconds:.1f}"
-        memory = f"{peak_memory(device) / 2 ** 30:.2f}"
+        most = peak_memory(device)
+        memory = f"{most / 2 ** 30:.2f}" if most else "-"
         left = (time.perf_counter() - self.began) / (step - self.start) * (self.steps - step) / 60
         print(f"step {step}/{self.steps} {100 * step / self.steps:.1f}% loss {loss:.4f} "
               f"lr {lr:.2e} norm {norm:.2f} {tokens / seconds:,.0f} tokens/s "
@@ -121,8 +126,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that were in use at most: of the GPU, else of this process."""
+    """Bytes that were in use at most: of the GPU, else of this process; 0 where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
