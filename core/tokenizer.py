@@ -18,8 +18,10 @@ from pathlib import Path
 import tiktoken
 from sentencepiece import SentencePieceProcessor
 
+from core.beside import added_to, beside, settings_of, text_of, with_added
 from core.common import UserError, read_json
-from core.folders import read_config
+from core.fields import Id, check, fits, shown
+from core.folders import JSON_BYTES, check_folder, present
 
 # stands in a row of ids where the picture's features go; never an index into an embedding table
 IMAGE_TOKEN = -200
@@ -64,15 +66,23 @@ class Tokenizer:
         sentencepiece's or tiktoken's, its first line tells. config.json beside it may name further
         tokens that end an answer. UserError for a file that isn't of a kind known here."""
         dir = Path(dir)
-        config = read_config(dir) if (dir / "config.json").is_file() else {}
-        config = config.get("llm") or config.get("text_config") or config      # in a VLM's folder
-        model, spec = dir / "tokenizer.model", dir / "tokenizer.json"
-        if model.is_file():
-            ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\n", model.read_bytes()[:200])
-            return cls(model, *(_tiktoken if ranks else _sentencepiece)(model, config))
-        if spec.is_file():
-            return cls(spec, *_byte_level(spec, config))
-        raise UserError(f"{dir}: no tokenizer here (looked for tokenizer.model and tokenizer.json)")
+        check_folder(dir)
+        config = settings_of(dir)
+        file, read = dir / "tokenizer.model", _sentencepiece
+        if not present(file, most=JSON_BYTES):
+            file, read = dir / "tokenizer.json", _byte_level
+            if not present(file, most=JSON_BYTES):
+                raise UserError(
+                    f"{dir}: no tokenizer here (looked for tokenizer.model and tokenizer.json)")
+        elif re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read_bytes()[:200]):
+            read = _tiktoken
+        tokenizer = cls(file, *read(file, config))
+        rows = max(tokenizer.vocab_size, config.get("vocab_size") or 0)
+        for id in tokenizer.eos_ids | ({tokenizer.bos_id} - {None}):
+            if id >= rows:
+                raise UserError(f"{dir}: {id} is said to begin or end a text, but the vocabulary "
+                                f"has {rows} tokens")
+        return tokenizer
 
     def __reduce__(self):         # for processes that are not forked: they read the file themselves
         return Tokenizer.from_pretrained, (self.file.parent,)
@@ -130,10 +140,15 @@ def _ids(config: dict, key: str) -> list[int]:
 def _sentencepiece(path: Path, config: dict) -> Parts:
     """Llama 1 and 2: a tokenizer.model as sentencepiece writes it."""
     try:
-        sp = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{path}: neither a sentencepiece model nor tiktoken's text") from e
-    n, newline = sp.vocab_size(), sp.encode("\n")
+        content = path.read_bytes()
+        if not {1, 2, 3} <= _numbers(content):       # pieces; of the trainer; of the normalizer
+            raise ValueError("cut short")
+        sp = SentencePieceProcessor(model_proto=content)
+        pieces, newline = [_piece(sp, id) for id in range(sp.vocab_size())], sp.encode("\n")
+    except Exception as e:       # RuntimeError, OSError, ValueError, UnicodeDecodeError, IndexError
+        raise UserError(f"{path}: neither a sentencepiece model nor tiktoken's text, or cut short; "
+                        "get it again") from e
+    n = sp.vocab_size()
     if sp.eos_id() < 0 or not any(sp.is_byte(id) for id in range(n)):
         raise UserError(f"{path}: needs an eos token and byte fallback, as Llama's tokenizer has")
     if len(newline) != 2 or sp.id_to_piece(newline) != ["▁", "<0x0A>"]:
@@ -150,18 +165,51 @@ def _sentencepiece(path: Path, config: dict) -> Parts:
                             "tokenizer doesn't")
         return ids[2:]
 
+    names = {sp.id_to_piece(id): id for id in range(n)}
+    pieces = with_added(pieces, path, added_to(path, names.get))
     eos_ids = {sp.eos_id(), *_ids(config, "eos_token_id")}
-    pieces = []
-    for id in range(n):
-        piece = sp.id_to_piece(id)
-        if sp.is_control(id) or sp.is_unknown(id) or id in eos_ids:
-            pieces.append(None)
-        elif sp.is_byte(id):                                     # "<0x0A>" stands for one byte
-            pieces.append(bytes([int(piece[1:-1], 16)]))
-        else:
-            pieces.append(piece.replace("▁", " ").encode())
+    pieces = [None if id in eos_ids else piece for id, piece in enumerate(pieces)]
     bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
     return encode, pieces, bos_id, eos_ids, True
+
+
+def _piece(sp: SentencePieceProcessor, id: int) -> bytes | None:
+    """What a token stands for, None: nothing."""
+    piece = sp.id_to_piece(id)
+    if sp.is_control(id) or sp.is_unknown(id):
+        return None
+    if sp.is_byte(id):                                           # "<0x0A>" stands for one byte
+        return bytes([int(piece[1:-1], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def _numbers(content: bytes) -> set[int]:
+    """The numbers of a protobuf's outermost fields, all of which have to be whole: sentencepiece
+    takes one that was cut between two of its tokens. ValueError for what is none."""
+    found, at = set(), 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while at < len(content) and shift < 64:
+            byte = content[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+        raise ValueError("a number is cut short")
+
+    while at < len(content):
+        tag = varint()
+        if tag & 7 != 2:                             # of known length: all of a ModelProto's are
+            raise ValueError("not a sentencepiece model")
+        size = varint()
+        at += size
+        found.add(tag >> 3)
+    if at > len(content):
+        raise ValueError("a field is cut short")
+    return found
 
 
 # Llama 3's 256 control tokens stand behind the byte pairs; these are the ones that matter here, by
@@ -179,6 +227,10 @@ def _tiktoken(path: Path, config: dict) -> Parts:
         raise UserError(
             f"{path}: not tiktoken's format, lines of a base64 token and its rank ({e})") from None
     n = len(lines)
+    rows = config.get("vocab_size") or n + LLAMA3_CONTROLS
+    if rows != n + LLAMA3_CONTROLS:
+        raise UserError(f"{path}: holds {n} tokens, and with {LLAMA3_CONTROLS} control tokens the "
+                        f"model has {rows}; is it whole?")
     lost = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if sorted(ranks.values()) != list(range(n)) or lost:
         raise UserError(
@@ -189,6 +241,7 @@ def _tiktoken(path: Path, config: dict) -> Parts:
         return bpe.encode_ordinary(text)
 
     pieces = sorted(ranks, key=ranks.get) + [None] * LLAMA3_CONTROLS
+    pieces = with_added(pieces, path, added_to(path, lambda text: None))
     eos_ids = {n + place for place in LLAMA3_EOS} | set(_ids(config, "eos_token_id"))
     return encode, pieces, n + LLAMA3_BOS, eos_ids, False
 
@@ -213,8 +266,10 @@ def _word_pattern(path: Path, spec: dict) -> str:
     amount to."""
     before = spec.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers") or [before]
+    if not fits(steps, list[dict]):
+        raise UserError(f"{path}: its pretokenizers {shown(steps)} should be a list of objects")
     *cuts, last = steps
-    model, kinds = spec.get("model") or {}, [step.get("type") for step in steps]
+    model, kinds = spec["model"], [step.get("type") for step in steps]
     odd = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
     usual = (spec.get("normalizer") is None and model.get("type") == "BPE"
              and not any(model.get(key) for key in odd)
@@ -244,18 +299,23 @@ def _unescape(path: Path, token: str) -> bytes:
 
 def _controls(path: Path, spec: dict) -> dict[str, int]:
     """The control tokens, which no text becomes: {text: id}."""
-    added = spec.get("added_tokens", [])
-    for token in added:
+    controls = {}
+    for token in spec.get("added_tokens") or []:
+        check(token, {"content": str, "id": Id, "special": bool}, f"{path}: added_tokens")
         if not token["special"]:
             raise UserError(f"{path}: added tokens that are not special are not implemented "
-                            f"({token['content']!r})")
-    return {token["content"]: token["id"] for token in added}
+                            f"({shown(token['content'])})")
+        controls[token["content"]] = token["id"]
+    return controls
 
 
 def _order(path: Path, model: dict, ids: dict[bytes, int]) -> list[bytes]:
     """The tokens in the order in which tiktoken is to merge: single bytes, then the products of the
     merges as the file lists them."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for pair in pairs:
+        if type(pair) is not list or len(pair) != 2 or not all(type(t) is str and t for t in pair):
+            raise UserError(f"{path}: the merge {shown(pair)} should be of two tokens")
     order = [bytes([byte]) for byte in range(256)]
     order += [_unescape(path, left + right) for left, right in pairs]
     # Llama 3: any word that is in the vocabulary is one token
@@ -270,12 +330,21 @@ def _order(path: Path, model: dict, ids: dict[bytes, int]) -> list[bytes]:
 def _named(path: Path, config: dict, controls: dict[str, int], key: str) -> list[int]:
     """The ids of bos_token or eos_token: by its text in tokenizer_config.json, by number in
     config.json."""
-    beside = path.with_name("tokenizer_config.json")
-    name = read_json(beside).get(key) if beside.is_file() else None
-    name = name.get("content") if isinstance(name, dict) else name
-    if name is not None and name not in controls:
-        raise UserError(f"{beside}: {key} {name!r} is not among the added tokens of {path.name}")
+    given = beside(path, "tokenizer_config.json").get(key)
+    name = text_of(given)
+    if given is not None and name not in controls:
+        raise UserError(f"{path.with_name('tokenizer_config.json')}: {key} {shown(name)} is not "
+                        f"among the added tokens of {path.name}")
     return ([] if name is None else [controls[name]]) + _ids(config, key + "_id")
+
+
+def _check_ids(path: Path, ids: list[int]) -> None:
+    """UserError unless these are ids of tokens, each another."""
+    for id in ids:
+        if not fits(id, Id):
+            raise UserError(f"{path}: {shown(id)} is no id of a token")
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: several tokens have one id")
 
 
 def _byte_level(path: Path, config: dict) -> Parts:
@@ -286,10 +355,15 @@ def _byte_level(path: Path, config: dict) -> Parts:
     lacks 21, rare control characters and bytes that UTF-8 hardly uses) is left out, as by Hugging
     Face.
     """
-    spec = read_json(path)
-    pattern, controls = _word_pattern(path, spec), _controls(path, spec)
-    vocabulary = spec["model"]["vocab"].items()
-    ids = {_unescape(path, token): id for token, id in vocabulary if token not in controls}
+    spec = read_json(path, most=JSON_BYTES)
+    check(spec, {"model": dict, "added_tokens": list[dict] | None, "pre_tokenizer": dict | None},
+          f"{path}")
+    check(spec["model"], {"vocab": dict, "merges": list}, f"{path}: model")
+    pattern, vocabulary = _word_pattern(path, spec), spec["model"]["vocab"]
+    controls = _controls(path, spec)
+    controls |= added_to(path, lambda text: controls.get(text, vocabulary.get(text)))
+    ids = {_unescape(path, token): id for token, id in vocabulary.items() if token not in controls}
+    _check_ids(path, [*ids.values(), *controls.values()])
     order = _order(path, spec["model"], ids)
     ranks = {token: rank for rank, token in enumerate(order)}
     bpe = tiktoken.Encoding(path.name, pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
