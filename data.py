@@ -32,7 +32,10 @@ import argparse
 import os
 import random
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -42,7 +45,7 @@ from torch import Tensor
 
 from clip import read_pixels
 from core import flags
-from core.common import ROOT, UserError, visible
+from core.common import ROOT, UserError, split, visible
 from core.pictures import is_address, remarks, survey
 from core.records import SLOT, Turns, check, encodable, lacks, name, read_records
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
@@ -52,6 +55,7 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 TEMPLATES = ("plain", "v1")
 QUERIES = ("all", "sofar", "first")
 EXAMPLE = ROOT / "assets" / "example"        # records of the toy world, with their pictures
+LOOK = 10                                    # seconds that `load` looks into pictures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,15 +226,23 @@ class LlavaJson:
         where = f"{self.file}: record {self.numbers[i]}"
         return render(self.records[self.numbers[i]], self.tokenizer, self.template, where)
 
-    def pixels(self, i: int) -> Tensor:
+    def path(self, i: int) -> Path | None:
+        """The file of sample i's picture."""
         path = self.records[self.numbers[i]].get("image")
-        if path is None:
-            return torch.zeros(3, self.size, self.size)
-        if self.image_root is None:
+        if path is not None and self.image_root is None:
             raise UserError(f"{self.file}: {self.record_id(i)} has a picture: say in which folder "
                             "the pictures are")
-        return read_pixels(self.image_root / os.path.normpath(path), self.size, self.pad,
-                           self.upright)                                           # (3, size, size)
+        return None if path is None else self.image_root / os.path.normpath(path)
+
+    def picture_count(self) -> int:
+        """How many pictures the samples have."""
+        return len({self.path(i) for i in range(len(self))} - {None})
+
+    def pixels(self, i: int) -> Tensor:
+        path = self.path(i)
+        if path is None:
+            return torch.zeros(3, self.size, self.size)
+        return read_pixels(path, self.size, self.pad, self.upright)                # (3, size, size)
 
     def __getitem__(self, i: int) -> dict:
         return item(self.sample(i), self.pixels(i))
@@ -286,14 +298,30 @@ def _look_for_pictures(named: dict[int, str], image_root: Path, records: list, f
         raise UserError(f"{len(missing)} of {len(first)} pictures named in {file} are missing "
                         f"under {image_root}; first: {missing[0]!r} of {whose}{way_on}")
     files = {image_root / os.path.normpath(path): i for path, i in first.items()}
-    notes, faults = survey(files)
+    notes, faults, seen = _survey(list(files))
     if faults:
         bad, why = next(iter(faults.items()))
         whose = name(records[files[bad]], f"record {files[bad]}")
-        raise UserError(f"{len(faults)} of {len(first)} pictures named in {file} can't be read; "
+        raise UserError(f"{len(faults)} of {seen} pictures named in {file} can't be read; "
                         f"put them right, or leave their records out; first: {why}, of {whose}")
     for line in remarks(notes, upright):
         say(line)
+    if seen < len(files):
+        say(f"note: looked at {seen:,} of {len(files):,} pictures of {file}, which took {LOOK} s")
+
+
+def _survey(files: list[Path]) -> tuple[Counter, dict, int]:
+    """`survey` of as many files as can be looked at in LOOK seconds, and how many these are."""
+    notes, faults, seen, began = Counter(), {}, 0, time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        for piece in split(files, 256):
+            if time.monotonic() > began + LOOK:
+                break
+            for some, bad in pool.map(survey, split(piece, 32)):
+                notes.update(some)
+                faults |= bad
+            seen += len(piece)
+    return notes, faults, seen
 
 
 # --------------------------------------------------------------------------------------------------

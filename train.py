@@ -45,12 +45,13 @@ from core.tokenizer import Tokenizer
 from toy.dataset import ToyScenes
 from toy.exam import exam
 from toy.world import draw
-from training import plan, setup, sharding
+from training import before, plan, setup, sharding
 from training.checkpoints import Checkpoints
 from training.log import Log, describe
 from training.options import TOY_STEPS, arguments, check_places
 from training.order import order
 from training.prepared import Prepared
+from training.readers import Lenient, Notes, Readers
 from training.setup import build, compile_blocks, recompute, variant
 from training.stop import Stop
 
@@ -159,8 +160,8 @@ def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer, size: int):
     toy world. size: of the pictures, in pixels."""
     template = "plain" if args.stage == 1 else "v1"
     if args.data:
-        return Prepared(args.data, args.images, tokenizer, template, size,
-                        damaged=args.out / "damaged.jsonl", upright=args.upright, say=say)
+        return Prepared(args.data, args.images, tokenizer, template, size, upright=args.upright,
+                        say=say)
     if args.json:
         return data.load(args.json, args.images, tokenizer, template, size, say=say,
                          upright=args.upright)
@@ -189,15 +190,12 @@ def shares(steps: Iterable[list[int]], dataset, rank: int, size: int, micro: int
         yield rows, *pieces(rows, rank, size, micro)
 
 
-def feed(run: Run, start: int) -> tuple[Iterator, Iterator]:
+def feed(run: Run, start: int, stop: Stop) -> tuple[Iterator, Readers]:
     """The shares of steps start+1, start+2, ..., and the batches of all their pieces in turn, which
-    other processes read ahead (--workers). UserError if a picture fills a whole row."""
+    other processes read ahead (--workers)."""
     args, vlm = run.args, run.vlm
     rank, size = where()
-    max_length = min(args.max_length, vlm.llm.config.max_position_embeddings)
-    if max_length <= vlm.picture_rows:
-        raise UserError(f"{max_length} positions (--max-length, or the language model's context) "
-                        f"leave no room beside the picture's {vlm.picture_rows}")
+    max_length = before.row_length(args, vlm)
     like = {}
     if args.group != "none":
         lengths = run.dataset.lengths(vlm.picture_rows, max_length)
@@ -207,26 +205,15 @@ def feed(run: Run, start: int) -> tuple[Iterator, Iterator]:
     todo, ahead = tee(steps)
     # micro-batches of a step; all are wanted at once
     at_once = math.ceil(math.ceil(args.batch / size) / args.micro)
-    reader = torch.utils.data.DataLoader(
-        run.dataset,
-        batch_sampler=(piece for _, mine, _ in ahead for piece in mine),
-        collate_fn=partial(data.make_batch, query=vlm.query, max_length=max_length,
-                           picture_rows=vlm.picture_rows),
-        num_workers=args.workers,
-        prefetch_factor=max(2, math.ceil(at_once / args.workers)) if args.workers else None,
-        worker_init_fn=Stop.in_reader,
-        generator=torch.Generator())     # else it would draw from the one that a checkpoint holds
-    return todo, iter(reader)
-
-
-def take(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The next batch. What a reading process has to say comes as its whole traceback, of which the
-    last line counts."""
-    try:
-        return next(batches)
-    except UserError as e:
-        line = str(e).strip().splitlines()[-1]
-        raise UserError(line.partition("UserError: ")[2] or line) from None
+    dataset = run.dataset
+    if args.world != "toy":
+        dataset = Lenient(dataset, Notes(args.out / "damaged.jsonl"))
+    return todo, Readers(
+        dataset, (piece for _, mine, _ in ahead for piece in mine),
+        partial(data.make_batch, query=vlm.query, max_length=max_length,
+                picture_rows=vlm.picture_rows),
+        args.workers, max(2, math.ceil(at_once / max(1, args.workers))), stop, args.micro,
+        run.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,13 +225,15 @@ def train_step(model: nn.Module, batches: list[dict[str, Tensor]], device: torch
 
     dtype: of autocast. counting: how many of the micro-batches count (None: all); the others keep
     other processes company. Returns this process's share of the mean loss of a supervised token, to
-    be summed.
+    be summed: NaN, and no gradient, where there is no such token.
     """
     for batch in batches[counting:] if counting is not None else ():
         batch["labels"].fill_(data.IGNORE)
     # position t predicts label t + 1, so nothing predicts the first
     supervised = sum(int((b["labels"][:, 1:] != data.IGNORE).sum()) for b in batches)
     supervised = total(supervised, device=device)
+    if supervised == 0:
+        return math.nan
     size = where()[1]
     loss_sum = 0.0
     for i, batch in enumerate(batches, 1):
@@ -255,7 +244,7 @@ def train_step(model: nn.Module, batches: list[dict[str, Tensor]], device: torch
         ddp = isinstance(model, DistributedDataParallel)
         with model.no_sync() if ddp and i < len(batches) else nullcontext():
             with products_in(dtype, device):
-                loss = model(**batch, mode=mode) / max(1, supervised)
+                loss = model(**batch, mode=mode) / supervised
             (loss * size).backward()
         loss_sum += loss.item()
     return loss_sum
@@ -296,9 +285,12 @@ def update(run: Run, lr: float, loss: float, norm: float, spoilt: int) -> int:
 def complain(run: Run, step: int, rows: list[int], loss: float, norm: float, spoilt: int) -> None:
     """Say that a step changed nothing. UserError if it is the third in a row."""
     ids = ", ".join(run.dataset.record_id(i) for i in rows[:8])
-    what = f"step {step}: loss {loss}, gradient norm {norm}; not updated; samples {ids}"
+    fault, way_on = f"loss {loss}, gradient norm {norm}", "lower --lr"
+    if norm == 0:                                    # there was no gradient: see train_step
+        fault, way_on = "not one supervised token", "give a larger --max-length"
+    what = f"step {step}: {fault}; not updated; samples {ids}"
     if spoilt == 3:
-        raise UserError(f"{what}. That was the third step in a row: lower --lr, or look at these "
+        raise UserError(f"{what}. That was the third step in a row: {way_on}, or look at these "
                         "samples")
     say(what)
 
@@ -316,7 +308,7 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
     """`loop`, from its first step on."""
     args, steps = run.args, run.course["steps"]
     fast.keep_memory(run.device)
-    todo, batches = feed(run, start)
+    todo, readers = feed(run, start, stop)
     checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
     with together():
         log = Log(args, start, steps) if where()[0] == 0 else None
@@ -324,7 +316,14 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
     for step, (rows, mine, counting) in enumerate(todo, start + 1):
         # data
         began = time.perf_counter()
-        taken = [take(batches) for _ in mine]
+        taken = readers.take(len(mine))
+        if taken is None:                            # and none will come
+            if step - 1 > start and (step - 1) % args.save_every:
+                save(run, checkpoints, log, step - 1)
+            if readers.fault or step == 1:
+                raise readers.fault or UserError("ended before the first step, for which no "
+                                                 "picture came")
+            return False
         waited = time.perf_counter() - began
         # forward and backward
         loss = train_step(run.model, taken, run.device, run.dtype, args.mode, counting)
@@ -346,18 +345,23 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
         # save
         ends = step == args.stop_after or asked > 0
         if step % args.save_every == 0 or step == steps or ends:
-            with together():
-                if log:
-                    log.check()
-            checkpoints.save(step, run.trained, run.optimizer, run.course)
-            if log:
-                log.draw()
+            save(run, checkpoints, log, step)
         # ask
         if args.ask_every and step % args.ask_every == 0:
             say_answers(run, step)
         if ends:
             return False
     return True
+
+
+def save(run: Run, checkpoints: Checkpoints, log: Log | None, step: int) -> None:
+    """A checkpoint of the model after `step` steps, and the losses so far as a picture."""
+    with together():
+        if log:
+            log.check()
+    checkpoints.save(step, run.trained, run.optimizer, run.course)
+    if log:
+        log.draw()
 
 
 def say_answers(run: Run, step: int, n: int = 4) -> None:
@@ -468,6 +472,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
+    before.check(args, dataset, model)
     held = setup.claim(args.out)
     run = begin(args, model, tokenizer, dataset, device)
     start = resume(run)

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ccra import VLM
-from core.common import read_json
 from llama import LOSS_ROWS
 from training import sharding
+from training.prepared import read_report
 
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
 GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80),
@@ -95,7 +95,7 @@ def epoch(args: argparse.Namespace) -> tuple[int, int]:
     """(steps, samples): of the prepared data if they are there, else of LLaVA's."""
     samples = SAMPLES[args.stage]
     if args.data and Path(args.data, "report.json").is_file():
-        samples = read_json(Path(args.data, "report.json"))["kept"]
+        samples = read_report(args.data)["kept"]
     return args.steps or math.ceil(samples / args.batch), samples
 
 

@@ -17,14 +17,14 @@ NAME.offsets.npy:
 A stage 1 caption's prompt isn't in its row; there it stands behind the row, which ends where the
 last answer does. What is trained on is, item by item, what `data.load` gives.
 """
-import fcntl
 import hashlib
-import json
 import os
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,16 +32,28 @@ from torch import Tensor
 
 import data
 from clip import read_pixels
+from core import fields
 from core.common import UserError, read_json
 from core.pictures import remarks
+from core.records import inside
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 from data import Sample
+from training.before import Cut
 
 FORMAT = 1                       # of the folder; goes up when an older one can't be read any more
 # name -> shape and type of an entry
 RAGGED = dict(tokens=((), np.int32), turns=((3,), np.int32), names=((), np.uint8),
               paths=((), np.uint8))
 FLAT = ("picture", "at")
+# What report.json has to hold for others to use, and its "inputs": see core/fields.py
+REPORT = dict(
+    inputs=dict,                                             # INPUTS
+    kept=Annotated[int, fields.Range(1, 2 ** 31 - 1)],       # samples
+    pictures=Annotated[int, fields.Range(0, 2 ** 31 - 1)],   # rows of paths
+    arrays=dict[str, str] | None,                            # file -> sha256; older folders: none
+    odd_pictures=dict[str, dict] | None)                     # note -> count, examples
+INPUTS = dict(template=str, images=str | None, json=dict, tokenizer=dict)
+LOOK = 10                        # seconds that pictures are looked for when a training begins
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,35 +95,117 @@ def tokenizer_id(tokenizer: Tokenizer) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
+# The folder, checked
+
+def read_report(folder: str | Path) -> dict:
+    """A prepared folder's report.json. UserError if it isn't one, or was changed beyond use."""
+    file = Path(folder) / "report.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: not a prepared folder; `python data.py prepare ... "
+                        f"--out {folder}` makes it")
+    report = read_json(file)
+    inputs = report.get("inputs")
+    if not isinstance(inputs, dict) or inputs.get("format") != FORMAT:
+        raise UserError(f"{folder}: was prepared by another version of this code; "
+                        "prepare it again")
+    try:
+        fields.check(report, REPORT, str(file))
+        fields.check(inputs, INPUTS, f"{file}: inputs")
+        fields.check(inputs["json"], dict(sha256=str), f"{file}: inputs: json")
+        for entry in (report.get("odd_pictures") or {}).values():
+            fields.check(entry, dict(count=int), f"{file}: odd_pictures")
+    except UserError as e:
+        raise UserError(f"{e}; prepare it again") from None
+    return report
+
+
+def sha256_of(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def check_bytes(folder: Path, report: dict) -> None:
+    """UserError unless the arrays are those that report.json was written about."""
+    known = {f"{name}.npy" for name in (*FLAT, *RAGGED, *(f"{name}.offsets" for name in RAGGED))}
+    for name, sha256 in (report.get("arrays") or {}).items():
+        if name not in known:                        # it could lead anywhere
+            raise UserError(f"{folder}/report.json: there is no array {name!r}")
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
+            raise UserError(f"{folder / name}: isn't what was prepared (other bytes); remove "
+                            f"{folder}, and prepare it again")
+
+
+def read_array(file: Path, dtype: type, tail: tuple) -> np.ndarray:
+    """A .npy file, mapped: of this type, of rows of this shape."""
+    try:
+        if not file.is_file():                       # a pipe would be waited for
+            raise OSError("no such file")
+        array = np.load(file, mmap_mode="r")
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape[1:] != tail \
+                or array.ndim == 0:
+            raise ValueError("holds something else")
+        return np.asarray(array)
+    except Exception as e:                           # numpy says many things of foreign bytes
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"{file.parent}: an array is missing or damaged ({file.name}: {why}); "
+                        "prepare it again") from e
+
+
+def whole(offsets: np.ndarray, values: np.ndarray, rows: int) -> bool:
+    """Whether a ragged array is so many rows, of all values, one after another."""
+    return (len(offsets) == rows + 1 and offsets[0] == 0 and offsets[-1] == len(values)
+            and bool((np.diff(offsets) >= 0).all()))
+
+
+def faults(a: dict[str, np.ndarray], pictures: int, vocabulary: int) -> Iterator[tuple[str, str]]:
+    """What is wrong in arrays of the right lengths: (name, how)."""
+    ids, k = np.diff(a["tokens.offsets"]), np.diff(a["turns.offsets"])         # (samples,) both
+    if (k < 1).any():
+        yield "turns.offsets", "a sample has no turn"
+        return
+    row = np.repeat(np.arange(len(k)), k)                                       # (turns,)
+    start, stop, end = a["turns"].astype(np.int64).T                            # (turns,) each
+    within = (0 <= start) & (start <= stop) & (stop <= ids[row]) & (0 < end) & (end <= ids[row])
+    if not within.all() or ((np.diff(end) <= 0) & (np.diff(row) == 0)).any():
+        yield "turns", "a turn lies outside of its sample"
+        return
+    words = end[a["turns.offsets"][1:] - 1]                                     # (samples,)
+    picture, at = a["picture"], a["at"]
+    if (picture < -1).any() or (picture >= pictures).any():
+        yield "picture", "there is no such row in paths.npy"
+    has = at >= 0
+    if (at < -1).any() or (at >= words).any() or (has != (picture >= 0)).any():
+        yield "at", "a picture's place lies outside of its sample, or is of none"
+        return
+    slots = a["tokens"][a["tokens.offsets"][:-1][has] + at[has]]
+    low = high = negative = 0
+    for i in range(0, len(a["tokens"]), 2 ** 24):
+        piece = a["tokens"][i:i + 2 ** 24]
+        low, high = min(low, int(piece.min())), max(high, int(piece.max()))
+        negative += int((piece < 0).sum())
+    if (slots != 2 * IMAGE_TOKEN).any() or negative != len(slots) or high >> 1 >= vocabulary:
+        yield "tokens", "there is a token that the tokenizer doesn't have"
+
+
+# --------------------------------------------------------------------------------------------------
 # The data set
 
 class Prepared:
     """A prepared folder as a list of `data.item`s: those that `data.load` makes of the json.
 
-    Opening reads report.json and maps the arrays: seconds at any size. images: where the pictures
-    are now (default: where they were). pad: as in data.load. damaged: a file. With it, a picture
-    that can't be read any more is noted there and said once on stderr, and the sample goes on with
-    an empty picture and without labels: a batch has as many rows as it would have had, so all
-    processes still do the same, and nothing is learnt from that row. Without it, it is a UserError;
-    so are more such pictures than 1% (or 10): then it isn't the pictures that are broken. upright,
-    say: as in data.load.
+    Opening reads report.json, maps the arrays and checks that they are as they were written:
+    seconds at any size. UserError for another folder, for one that was damaged, or edited so that
+    it leads out of the folder of pictures. images: where the pictures are now (default: where they
+    were). pad, upright, say: as in data.load.
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None, tokenizer: Tokenizer,
-                 template: str, size: int = 336, pad: bool | None = None,
-                 damaged: Path | None = None, upright: bool = False,
+                 template: str, size: int = 336, pad: bool | None = None, upright: bool = False,
                  say: Callable = lambda line: None):
         self.folder = Path(folder)
-        self.tokenizer, self.size, self.damaged = tokenizer, size, damaged
-        self.upright = upright
-        if not (self.folder / "report.json").is_file():
-            raise UserError(f"{folder}: not a prepared folder; `python data.py prepare ... "
-                            f"--out {folder}` makes it")
-        self.report = read_json(self.folder / "report.json")
-        inputs = self.report.get("inputs", {})
-        if inputs.get("format") != FORMAT:
-            raise UserError(f"{folder}: was prepared by another version of this code; "
-                            "prepare it again")
+        self.tokenizer, self.size, self.upright = tokenizer, size, upright
+        self.report = read_report(folder)
+        inputs = self.report["inputs"]
         if inputs["template"] != template:
             raise UserError(f"{folder}: was prepared with --template {inputs['template']}, "
                             f"{template!r} is needed here")
@@ -119,25 +213,22 @@ class Prepared:
             raise UserError(f"{folder}: was prepared with another tokenizer than {tokenizer.file}; "
                             "prepare it again with --llm this model's folder")
         self._check_arrays()
-        self.images = Path(images or inputs["images"] or "")
-        if self.report["pictures"] and not self.images.is_dir():
-            raise UserError(f"{self.images}: no such folder; say where the pictures of {folder} "
-                            "are (--images DIR)")
+        self.image_root = Path(images or inputs["images"] or "")
+        if self.report["pictures"] and not self.image_root.is_dir():
+            raise UserError(f"{self.image_root}: no such folder; say where the pictures of "
+                            f"{folder} are (--images DIR)")
         self.pad = template == "v1" if pad is None else pad
-        odd = self.report.get("odd_pictures", {})
+        odd = self.report.get("odd_pictures") or {}
         for line in remarks({note: entry["count"] for note, entry in odd.items()}, upright):
             say(line)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The mapped files by name: see this module's docstring."""
-        names = [*FLAT, *RAGGED, *(f"{name}.offsets" for name in RAGGED)]
-        try:
-            return {name: np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
-                    for name in names}
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"{self.folder}: an array is missing or damaged ({e}); "
-                            "prepare it again") from e
+        kinds = {name: ((), np.int32) for name in FLAT} | RAGGED
+        kinds |= {f"{name}.offsets": ((), np.int64) for name in RAGGED}
+        return {name: read_array(self.folder / f"{name}.npy", dtype, tail)
+                for name, (tail, dtype) in kinds.items()}
 
     def __getstate__(self) -> dict:      # reading processes that aren't forked map the files again
         return {key: value for key, value in self.__dict__.items() if key != "arrays"}
@@ -147,13 +238,28 @@ class Prepared:
         rows = {name: kept for name in (*FLAT, *RAGGED)} | {"paths": self.report["pictures"]}
         for name, count in rows.items():
             values, offsets = self.arrays[name], self.arrays.get(f"{name}.offsets")
-            if offsets is None:
-                fine = len(values) == count
-            else:
-                fine = len(offsets) == count + 1 and len(values) == offsets[-1]
+            fine = len(values) == count if offsets is None else whole(offsets, values, count)
             if not fine:
                 raise UserError(f"{self.folder}: {name}.npy isn't as long as report.json says; "
                                 "prepare it again")
+        for name, how in faults(self.arrays, self.report["pictures"], self.tokenizer.vocab_size):
+            raise UserError(f"{self.folder / name}.npy: {how}; it was changed: prepare it again")
+        for name in ("names", "paths"):
+            for i, text in enumerate(self._texts(name)):
+                if name == "paths" and (not text or not inside(text)):
+                    raise UserError(f"{self.folder}/paths.npy: picture {i} is {text!r}, which "
+                                    "leads out of the folder of pictures; prepare it again")
+        check_bytes(self.folder, self.report)
+
+    def _texts(self, name: str) -> Iterator[str]:
+        """All rows of a ragged array of UTF-8."""
+        blob = self.arrays[name].tobytes()
+        for start, stop in pairwise(self.arrays[f"{name}.offsets"].tolist()):
+            try:
+                yield blob[start:stop].decode(errors="surrogatepass")
+            except UnicodeDecodeError:
+                raise UserError(f"{self.folder}/{name}.npy: isn't UTF-8; it was changed: prepare "
+                                "it again") from None
 
     def _row(self, name: str, i: int) -> np.ndarray:
         start, stop = self.arrays[f"{name}.offsets"][i:i + 2]
@@ -178,7 +284,7 @@ class Prepared:
         picture = int(self.arrays["picture"][i])
         if picture < 0:
             return None
-        return self.images / os.path.normpath(self._text("paths", picture))
+        return self.image_root / os.path.normpath(self._text("paths", picture))
 
     def pixels(self, i: int) -> Tensor:
         """Sample i's picture, (3, size, size); zeros for none. UserError if it can't be read."""
@@ -188,44 +294,60 @@ class Prepared:
         return read_pixels(path, self.size, self.pad, self.upright)
 
     def __getitem__(self, i: int) -> dict:
-        sample = self.sample(i)
-        try:
-            return data.item(sample, self.pixels(i))
-        except UserError as e:
-            if self.damaged is None or not self.images.is_dir():
-                raise
-            self._note(self.path(i), f"{self.record_id(i)}: {e}")
-        sample.labels = [IGNORE] * len(sample.ids)
-        return data.item(sample, torch.zeros(3, self.size, self.size))
+        return data.item(self.sample(i), self.pixels(i))
 
-    def _note(self, path: Path, message: str) -> None:
-        """Many processes may come upon the same picture; the file is what they all know."""
-        with open(self.damaged, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = {json.loads(line)["path"] for line in file}
-            if str(path) in known:
-                return
-            file.write(json.dumps(dict(path=str(path), message=message)) + "\n")
-        print(f"damaged picture, nothing is learnt from its samples: {message}", file=sys.stderr,
-              flush=True)
-        if len(known) + 1 > max(10, 0.01 * self.report["pictures"]):
-            raise UserError(f"{len(known) + 1} pictures can't be read (see {self.damaged}): "
-                            f"put {self.images} right")
+    # Of all samples at once, for `order.order` and training/before.py
 
-    # Of all samples at once, for `order.order`
+    def picture_count(self) -> int:
+        """How many pictures the samples have."""
+        picture = self.arrays["picture"]
+        return len(np.unique(picture[picture >= 0]))
+
+    def first_gone(self) -> tuple[int, str]:
+        """How many of these aren't there any more, and the first of them with its record. Looks for
+        LOOK seconds at most."""
+        count, first, began = 0, "", time.monotonic()
+        picture = self.arrays["picture"]
+        used = set(picture.tolist())
+        for number, path in enumerate(self._texts("paths")):
+            if time.monotonic() > began + LOOK:
+                break
+            if number not in used or os.path.isfile(
+                    self.image_root / os.path.normpath(path)):
+                continue
+            if count == 0:
+                first = f"{path!r} of {self.record_id(int((picture == number).argmax()))}"
+            count += 1
+        return count, first
+
+    def cut(self, max_length: int, picture_rows: int) -> Cut:
+        """What samples lose of their supervised tokens by `data.cut`."""
+        words, kept = self._cut(picture_rows, max_length)
+        cut = Cut()
+        cut.samples = len(words)
+        for i in np.flatnonzero(kept < words).tolist():
+            learn = self._row("tokens", i)[:words[i]] & 1                          # (words,)
+            cut.samples -= 1
+            cut.count(int(learn.sum()), int(learn[:kept[i]].sum()))
+        return cut
 
     def lengths(self, picture_rows: int, max_length: int) -> np.ndarray:
         """(samples,) how long every sample is for the language model: with its picture, which is
         picture_rows long in it, and after `data.cut`."""
+        at = self.arrays["at"]
+        _, kept = self._cut(picture_rows, max_length)
+        return kept + np.where((at >= 0) & (kept > at), picture_rows - 1, 0)
+
+    def _cut(self, picture_rows: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two (samples,): ids of every sample, its picture being one of them, and what `data.cut`
+        keeps."""
         at = self.arrays["at"]
         # up to where the last answer ends
         words = self.arrays["turns"][self.arrays["turns.offsets"][1:] - 1, 2].astype(np.int64)
         # as many words as fit; the picture, one of them, whole or not at all
         room = np.where(max_length <= at, max_length,
                         np.maximum(at, max_length - picture_rows + 1))
-        kept = np.minimum(words, np.where(at < 0, max_length, room))
-        return kept + np.where((at >= 0) & (kept > at), picture_rows - 1, 0)
+        return words, np.minimum(words, np.where(at < 0, max_length, room))
 
     def has_picture(self) -> np.ndarray:
         """(samples,) bool"""

@@ -23,7 +23,8 @@ import data
 from core.common import UserError
 from core.pictures import inspect, is_address, label
 from core.records import check, inside, lacks, name
-from core.tokenizer import IGNORE, Tokenizer
+from core.tokenizer import Tokenizer
+from training.before import USUAL, learnt
 from training.prepared import pack
 
 CHUNK = 256                # records in a job
@@ -55,6 +56,7 @@ class Row:
     message: str = ""
     packed: tuple | None = None
     learnt: int = 0        # supervised tokens
+    left: int = 0          # those within before.USUAL
 
 
 @dataclass
@@ -157,7 +159,7 @@ def read(record: dict, where: str, template: str, tokenizer: Tokenizer) -> Row:
         if row.reason is None:
             sample = data.write(turns, picture, tokenizer, template)
             row.packed = pack(sample)
-            row.learnt = len(sample.labels) - sample.labels.count(IGNORE)
+            row.learnt, row.left = learnt(sample, *USUAL)
     except UserError as e:
         row.reason = "not LLaVA's format"
         row.message = str(e).removeprefix(row.name + ": ")

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from core.common import UserError
 from core.tokenizer import IGNORE, IMAGE_TOKEN, Tokenizer
 from tests.training.records import LLM, make, make_world, same_items
 from training.prepared import Prepared
+from training.readers import Lenient, Notes
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +76,14 @@ def test_other_processes_map_the_files_themselves(world, tokenizer):
 
 def test_a_picture_damaged_later(world, tokenizer, capfd, tmp_path):
     note = tmp_path / "damaged.jsonl"
-    prepared = Prepared(world / "out", None, tokenizer, "v1", 28, damaged=note)
+    prepared = Prepared(world / "out", None, tokenizer, "v1", 28)
+    lenient = Lenient(prepared, Notes(note))
     before = [prepared[i] for i in range(len(prepared))]
     (world / "images" / "c.jpg").write_bytes(b"")
     hit = [i for i in range(len(prepared)) if prepared.path(i) == world / "images" / "c.jpg"]
     assert len(hit) > 20                 # under two names, one of them dotted
     twice = 2 * [*range(40), *hit]
-    rows = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=2, sampler=twice)
+    rows = torch.utils.data.DataLoader(lenient, batch_size=None, num_workers=2, sampler=twice)
     for i, after in zip(twice, rows, strict=True):
         for key in ("ids", "query", "turns", "ends"):
             assert after[key] == before[i][key]
@@ -93,12 +96,13 @@ def test_a_picture_damaged_later(world, tokenizer, capfd, tmp_path):
     # whichever reader came first
     assert any(prepared.record_id(i) in lines[0]["message"] for i in hit)
     assert capfd.readouterr().err.count("damaged picture") == 1
-    strict = Prepared(world / "out", None, tokenizer, "v1", 28)
     with pytest.raises(UserError, match="c.jpg: cannot be read"):
-        strict[hit[0]]
-    note.write_text("".join(json.dumps(dict(path=str(i))) + "\n" for i in range(10)))
-    with pytest.raises(UserError, match="11 pictures can't be read"):
         prepared[hit[0]]
+    for i in range(2):                               # of this start; of five pictures two may be
+        lenient.notes.add(Path(str(i)), "another")
+    with pytest.raises(UserError, match="3 of 5 pictures can't be read.*record .*c.jpg: cannot be read"):
+        lenient.notes.file.write_text(note.read_text().replace("c.jpg", "d.jpg"))
+        lenient[hit[0]]
     os.rename(world / "images", world / "elsewhere")           # then nothing is said about pictures
-    with pytest.raises(UserError, match="no such image"):
-        prepared[hit[0]]
+    with pytest.raises(UserError, match="no such image .the whole folder of pictures is gone"):
+        lenient[hit[0]]
