@@ -126,7 +126,8 @@ def read(source: Source, upright: bool = False,
 def inspect(source: str | Path | bytes, decode: bool = False) -> tuple[str, list[str]]:
     """Whether a file can be read: (what it is, in Pillow's words: "JPEG"; `read`'s notes).
 
-    UserError as from `read`, as far as it can be told without decoding a PNG or a JPEG in full.
+    UserError only where `read` has one, and then always, as far as it can be told without decoding
+    a PNG or a JPEG in full.
     decode: decode these, too (a JPEG to an eighth of its size).
     """
     with _opened(source) as image:
@@ -137,7 +138,10 @@ def inspect(source: str | Path | bytes, decode: bool = False) -> tuple[str, list
         orientation = _orientation(image) if kind == "JPEG" or "exif" in image.info else 1
         notes = _frames(image) + _stored(orientation)
         if kind == "PNG":
-            image.verify()                               # reads it all, and compares its checksums
+            try:
+                image.verify()                           # reads it all, and compares its checksums
+            except Exception:                            # maybe of what nobody needs
+                return kind, read(source)[1]
         elif decode or not _ends_well(source):
             image.draft("RGB", (1, 1))                   # to an eighth of its size: cheaper, and
             image.load()                                 # all of its bytes are read

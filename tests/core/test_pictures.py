@@ -4,10 +4,11 @@ import os
 import sys
 import threading
 import types
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from clip import read_pixels
 from core import pictures
@@ -245,6 +246,19 @@ def test_refused_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     (tmp_path / "a.png").write_bytes(DEEP["PNG"][0])
     assert "bomb" in refused(tmp_path / "a.png")
+
+
+def test_inspect_refuses_nothing_that_is_read():
+    """A PNG may be broken where nobody looks."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("by", "nobody")
+    whole = content(Image.fromarray(GREY), "PNG", pnginfo=info)
+    for at in range(8, len(whole)):
+        broken = bytearray(whole)
+        broken[at] ^= 16
+        with suppress(UserError):
+            _, notes = read(bytes(broken))
+            assert inspect(bytes(broken)) == ("PNG", notes)
 
 
 def test_too_narrow(tmp_path):

@@ -26,6 +26,19 @@ def test_numbers_and_flags_that_make_no_sense(words, said):
     assert args.images == "x"                                                   # of data/stage2
 
 
+def test_upright_decides_a_run_where_it_is_given():
+    """And leaves the settings of runs as they were where it isn't, so that they can go on."""
+    class Rows(list):
+        sha256 = "0"
+
+    with pytest.raises(UserError, match="--upright belongs to --json or --data"):
+        options.arguments(["--stage", "2", "--upright"])
+    args = options.arguments(["--stage", "2", "--json", "x"])
+    assert "upright" not in train.settings(args, Rows("abc"))
+    args.upright = True
+    assert train.settings(args, Rows("abc"))["upright"] is True
+
+
 def test_the_toy_worlds_towers_and_first_stage(tmp_path, monkeypatch):
     """Where they are looked for when nobody says so, and how to make them."""
     monkeypatch.chdir(tmp_path)
