@@ -193,6 +193,8 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
     """Questions from stdin until it ends. What goes wrong with one is said, and the next can be
     asked. pixels (3, size, size): the picture to begin with; line: what is asked first."""
     turns = []
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")         # a path may have any bytes
     while True:
         try:
             line = typed() if line is None else line
@@ -224,8 +226,6 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
 def typed() -> str:
     """A line of stdin, which a terminal lets one edit; EOFError at its end. The prompt goes to
     stderr, unless what edits has to know of it."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")         # a path may have any bytes
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ big`: it takes about 3 GB for each of two processes.
 import argparse
 import ctypes
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import train
 from ccra import VLM, CCRAConfig
 from clip import CLIPVision, CLIPVisionConfig
 from core import distributed, flags
-from core.common import run
+from core.common import UserError, run
 from core.tokenizer import IGNORE, IMAGE_TOKEN
 from core.weights import skeleton
 from llama import Llama, LlamaConfig
@@ -88,6 +89,8 @@ def main() -> None:
     p.add_argument("--micro", type=flags.batch, default=8)
     p.add_argument("--max-length", type=flags.whole(1, 1 << 20), default=512)
     args = p.parse_args()
+    if not sys.platform.startswith("linux"):
+        raise UserError("bench.peak reads the memory of processes from /proc, which is Linux's")
     rank, args.gpus, _ = distributed.join("cpu", threads=1)
     args.parallel = "fsdp"
     before = memory("VmRSS")

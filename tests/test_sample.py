@@ -112,14 +112,14 @@ def test_a_chat_has_a_way_on(ask, monkeypatch):
     """A key that can't be edited with, bytes that are no text, a full context."""
     lines = b"Is there \x1b[Dan owl?\n\xff?\n/image \xff.png\nIs there an owl?\nAnd a dog?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    monkeypatch.setattr(sample.Asker, "context", 130)      # 64 of the picture, 41 and the question
+    monkeypatch.setattr(sample.Asker, "context", 80)            # the first takes 76 and one, both 84
     out, err = ask("--chat")
     assert len(out.splitlines()) == 1
     said = [line for line in err.replace("> ", "").splitlines() if line.startswith("error")]
     for line, words in zip(said, ["type it again", "isn't valid Unicode", "no such image",
                                   "no room for another answer"], strict=True):
         assert words in line
-    assert "130 positions; /new begins anew" in said[-1]
+    assert "80 positions; /new begins anew" in said[-1]
 
 
 def test_an_answer_that_is_cut_says_so(ask):

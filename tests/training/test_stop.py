@@ -7,11 +7,9 @@ import threading
 import pytest
 
 import train
-from core.common import ROOT
 from training.stop import SAID, SIGNALS, Stop
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no signals between processes")
-EXAMPLE = ROOT / "assets" / "example"
 
 
 def handlers():
@@ -57,11 +55,10 @@ def test_another_thread_catches_nothing():
     assert made[0].before == {}
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
-    """In the middle of a step. stdout gone as well: log.csv has all steps."""
-    command = ["--stage", "2", "--model", str(ROOT / "assets" / "toy"), "--json",
-               str(EXAMPLE / "stage2.json"), "--images", str(EXAMPLE), "--batch", "2", "--steps",
-               "4", "--workers", "0", "--out", str(tmp_path)]
+def test_ctrl_c_saves_and_the_run_goes_on(towers, tmp_path, monkeypatch, capfd):
+    """In the middle of a step."""
+    command = ["--stage", "1", "--vision", str(towers / "clip"), "--llm", str(towers / "llama"),
+               "--out", str(tmp_path), "--steps", "4", "--batch", "2", "--workers", "0"]
     step, taken = train.train_step, []
 
     def struck(*given, **more):
