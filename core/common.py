@@ -203,8 +203,8 @@ def clear_tmp(folder: Path, *names: str) -> None:
     """Remove what a kill left of writing these files; names: as shell patterns. For who alone
     writes to the folder."""
     for name in names:
-        for path in folder.glob(f"{name}.tmp"):
-            with suppress(OSError):
+        with suppress(OSError):
+            for path in folder.glob(f"{name}.tmp"):
                 path.unlink()
 
 

@@ -88,12 +88,15 @@ def gather(thing) -> list:
 @contextmanager
 def together() -> Iterator[None]:
     """`with together():` a piece of work that all processes have done, or none goes on: the first
-    one's UserError (or a kind of it) is raised in all of them. They meet at its end."""
+    one's UserError (or a kind of it) is raised in all of them. An error of a disk is one, too. They
+    meet at its end."""
     fault = None
     try:
         yield
     except UserError as e:
         fault = e
+    except OSError as e:
+        fault = UserError(f"{e.filename or 'a file'}: {e.strerror or e}")
     for first in filter(None, gather(fault)):
         raise first
 

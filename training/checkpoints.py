@@ -123,8 +123,8 @@ class Checkpoints:
         with together():
             tensors, first_rows = my_rows(trained, optimizer)
             tensors[f"rng.{rank}"] = torch.get_rng_state()
-            write_tensors(tmp / file, tensors, {"first_rows": json.dumps(first_rows),
-                                                "step": str(step)})
+            about = dict(step=step, first_rows=first_rows)     # in one: their order is random
+            write_tensors(tmp / file, tensors, {"checkpoint": json.dumps(about)})
             sha256 = damage.sha256_of(tmp / file)
         files = dict(gather((file, sha256)))
         with together():
@@ -154,18 +154,24 @@ class Checkpoints:
         """Give a folder that is complete its name, then remove what it replaces: the oldest, and
         later ones, which were damaged when this run began."""
         target = self.path(step)
-        if target.exists():                          # damaged, too
-            remove(target)
         try:
+            if target.exists():                      # damaged, too
+                remove(target)
             os.replace(tmp, target)
             sync(self.folder)
         except OSError as e:
             raise UserError(f"{target}: cannot write it ({e.strerror or e})") from e
-        with suppress(UserError):                    # what stays is removed next time
-            steps = self.steps()
-            before = [old for old in steps if old < step]
-            later = [old for old in steps if old > step]
-            for old in before[:max(0, len(before) + 1 - self.keep)] + later:
+        self._prune(step)
+        with suppress(UserError):
+            for later in self.steps():
+                if later > step:
+                    remove(self.path(later))
+
+    def _prune(self, step: int) -> None:
+        """Remove the oldest before this one. What can't be is tried again next time."""
+        with suppress(UserError):
+            before = [old for old in self.steps() if old < step]
+            for old in before[:max(0, len(before) + 1 - self.keep)]:
                 remove(self.path(old))
 
     # ----------------------------------------------------------------------------------------------
@@ -197,6 +203,8 @@ class Checkpoints:
                 continue
             for fault in faults:
                 note(f"{fault}; going on from step {step}")
+            if where()[0] == 0:
+                self._prune(step)
             return step
         if faults:
             others = "so are those before it" if len(faults) > 1 else "there is none before it"

@@ -134,15 +134,19 @@ def check_files(folder: Path, state: dict) -> None:
 def first_rows(file, rank: int, state: dict) -> dict[str, int]:
     """What a rank's file says of its tensors: the number of the first row of each."""
     metadata = file.metadata() or {}
+    old = "checkpoint" not in metadata
+    text = metadata.get("first_rows", "") if old else metadata["checkpoint"]
     try:
-        said = json.loads(metadata["first_rows"])
-    except (KeyError, ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or not all(whole(first, 0) for first in said.values()):
+        said = {"step": state["step"], "first_rows": json.loads(text)} if old else json.loads(text)
+        step, said = said["step"], said["first_rows"]
+        fine = all(whole(first, 0) for first in said.values())
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        fine = False
+    if not fine:
         raise Damaged(f"{rank_file(rank)}: its metadata isn't a checkpoint's")
-    if metadata.get("step", str(state["step"])) != str(state["step"]):
-        raise Damaged(f"{rank_file(rank)} is of step {metadata['step'][:20]}")
-    if "step" in metadata and "files" not in state:
+    if step != state["step"]:
+        raise Damaged(f"{rank_file(rank)} is of step {repr(step)[:20]}")
+    if not old and "files" not in state:
         raise Damaged("state.json lacks its checksums")
     if set(said) | {f"rng.{rank}"} != set(file.keys()):
         raise Damaged(f"{rank_file(rank)}: its tensors aren't those that its metadata names")
