@@ -13,6 +13,7 @@ built. A bool is no number, and neither is NaN or an infinity.
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from functools import cache
 from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -98,9 +99,15 @@ def title(config: Any) -> str:
     return type(config).__name__.removesuffix("Config")
 
 
+@cache
+def table_of(cls: type) -> dict[str, Any]:
+    """The table that a dataclass's annotations are."""
+    return get_type_hints(cls, include_extras=True)
+
+
 def check_config(config: Any) -> None:
     """`check` of a dataclass against its own annotations: for its __post_init__."""
-    check(vars(config), get_type_hints(type(config), include_extras=True), title(config))
+    check(vars(config), table_of(type(config)), title(config))
 
 
 def read(cls: type, given: Any, where: str, defaults: Mapping[str, Any] | None = None) -> Any:

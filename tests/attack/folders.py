@@ -36,7 +36,8 @@ SECONDS = 20                       # of one reader, before it counts as hanging
 DEEP = "[" * 1000 + "]" * 1000     # put into the text: Python's own writer can't write it
 NASTY = (None, True, False, 0, -1, 1, 2, 3, 7, 10 ** 9, 10 ** 12, 10 ** 30, -10 ** 30, 0.5, 1e308,
          1e-300, float("nan"), float("inf"), float("-inf"), "", "a\nerror: b", "x" * 10000,
-         "\ud800", "../..", [], [1], [[]], ["a"], {}, {"a": {}}, {"content": 3}, "DEEP", "1", "\0", "\x1b[2J")
+         "\ud800", "../..", [], [1], [[]], ["a"], {}, {"a": {}}, {"content": 3}, "DEEP", "1", "\0",
+         "\x1b[2J")
 NAMES = ("rope_scaling", "rope_parameters", "rope_scale", "type", "eos_token_id", "vocab_size",
          "model_type", "llm", "text_config", "a\nb", "", "mm_hidden_size", "partial_rotary_factor",
          "vision_config_dict", "projection_dim", "head_dim", "added_tokens_decoder", "eos_token")
@@ -262,7 +263,7 @@ def read_tokenizer(folder: Path) -> None:
 def read_plan(folder: Path) -> None:
     """As train.py --plan."""
     args = dict(stage=2, model=folder, vision=folder, llm=folder, fuser=None, off=None, norm=None,
-                order=None, query=None, mode="on")
+                order=None, query=None, mode="on", world="toy")
     for stage in (1, 2):
         sketch(argparse.Namespace(**{**args, "stage": stage}))
 
