@@ -35,8 +35,9 @@ Count = Annotated[int, Range(1, 2 ** 27)]          # of positions, for instance
 Width = Annotated[int, Range(1, 2 ** 17)]          # of features
 Depth = Annotated[int, Range(1, 1000)]
 Heads = Annotated[int, Range(1, 4096)]
-Vocabulary = Annotated[int, Range(1, 2 ** 22)]
-Id = Annotated[int, Range(0, 2 ** 22 - 1)]         # of a token
+MOST_TOKENS = 2 ** 22
+Vocabulary = Annotated[int, Range(1, MOST_TOKENS)]
+Id = Annotated[int, Range(0, MOST_TOKENS - 1)]     # of a token
 Epsilon = Annotated[float, Range(1e-30, 1)]        # of a norm
 Scale = Annotated[float, Range(1e-6, 1e15)]        # a positive number
 

@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 
 from core.beside import added_to, beside, settings_of, text_of, with_added
 from core.common import UserError, read_json
-from core.fields import Id, check, fits, shown
+from core.fields import MOST_TOKENS, Id, check, fits, shown
 from core.folders import JSON_BYTES, check_folder, present
 
 # stands in a row of ids where the picture's features go; never an index into an embedding table
@@ -340,9 +340,9 @@ def _named(path: Path, config: dict, controls: dict[str, int], key: str) -> list
 
 def _check_ids(path: Path, ids: list[int]) -> None:
     """UserError unless these are ids of tokens, each another."""
-    for id in ids:
-        if not fits(id, Id):
-            raise UserError(f"{path}: {shown(id)} is no id of a token")
+    odd = [id for id in ids if type(id) is not int or not 0 <= id < MOST_TOKENS]
+    if odd:
+        raise UserError(f"{path}: {shown(odd[0])} is no id of a token")
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: several tokens have one id")
 
