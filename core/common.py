@@ -26,6 +26,7 @@ streams.quiet_start(ROOT)
 class UserError(Exception):
     """Something the user can put right. One line that names the thing and says what to do; a second
     argument is a second line. It stays one line whatever a name in it holds."""
+    said = False                        # whether another process of a torchrun says it
 
     def __str__(self) -> str:
         return "\n".join(one_line(str(line)) for line in self.args)
@@ -51,7 +52,8 @@ def run(main: Callable[[], None], kept: str = "") -> None:
             main()
         except UserError as e:
             wait_for_first()
-            print(f"error: {visible(str(e))}", file=sys.stderr)
+            if not e.said:
+                print(f"error: {visible(str(e))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             if rank() == 0:

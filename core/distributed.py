@@ -98,6 +98,7 @@ def together() -> Iterator[None]:
     except OSError as e:
         fault = UserError(f"{e.filename or 'a file'}: {e.strerror or e}")
     for first in filter(None, gather(fault)):
+        first.said = where()[0] > 0
         raise first
 
 

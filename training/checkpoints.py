@@ -101,7 +101,9 @@ class Checkpoints:
         except UserError as e:
             if where()[0] == 0:
                 shutil.rmtree(tmp, ignore_errors=True)
-            raise UserError(f"{e}; {self._then()}") from e
+            failed = UserError(f"{e}; {self._then()}")
+            failed.said = e.said
+            raise failed from e
 
     def _then(self) -> str:
         """What to do after a checkpoint couldn't be written."""

@@ -1,4 +1,6 @@
 """What every program needs: errors for users, JSON, locks."""
+import errno
+import os
 import subprocess
 import sys
 
@@ -59,3 +61,34 @@ def test_a_folder_is_one_programs_until_it_ends(tmp_path, killed):
         pass
     with common.wait_for(tmp_path):
         pass
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, why in (("file", "is a file"), ("file/a", "Not a directory"), ("x" * 300, "too long"),
+                      ("link", "is a link that leads nowhere")):
+        with pytest.raises(UserError, match=f"^--out {tmp_path / path}: .*{why}.*; choose a fold"):
+            common.make_folder(tmp_path / path)
+    assert common.make_folder(str(tmp_path / "a" / "b")).is_dir()
+    common.make_folder(tmp_path / "a" / "b")
+
+
+def test_a_failing_removal_hides_no_cause(tmp_path, monkeypatch):
+    """Nor does a file system that can't sync keep anything from being written."""
+    def fails(number):
+        def call(*_, **__):
+            raise OSError(number, os.strerror(number))
+        return call
+
+    monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))
+    common.write_text(tmp_path / "a", "1")
+    monkeypatch.setattr(os, "fsync", fails(errno.ENOSPC))
+    monkeypatch.setattr(os, "unlink", fails(errno.EROFS))
+    with pytest.raises(UserError, match="a: cannot write it .No space left on device"):
+        common.write_text(tmp_path / "a", "2")
+    assert (tmp_path / "a").read_text() == "1"
+    common.clear_tmp(tmp_path, "a")
+    monkeypatch.undo()
+    common.clear_tmp(tmp_path, "b", "a*")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
