@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from ccra import VLM, CCRAConfig
+from ccra import VLM, CCRAConfig, outline
 from clip import CLIP, CLIPVision
 from core.common import UserError
 from core.folders import read_config
+from core.layouts import Folder
 from core.tokenizer import LLAMA3, Tokenizer
 from fusers import FUSERS
 from llama import Llama
 from tests.core import helpers
 from toy.world import MODEL
-from training.setup import sketch
 
 SECONDS = 20                       # of one reader, before it counts as hanging
 DEEP = "[" * 1000 + "]" * 1000     # put into the text: Python's own writer can't write it
@@ -262,10 +262,7 @@ def read_tokenizer(folder: Path) -> None:
 
 def read_plan(folder: Path) -> None:
     """As train.py --plan."""
-    args = dict(stage=2, model=folder, vision=folder, llm=folder, fuser=None, off=None, norm=None,
-                order=None, query=None, mode="on", world="toy")
-    for stage in (1, 2):
-        sketch(argparse.Namespace(**{**args, "stage": stage}))
+    outline(Folder(folder))
 
 
 READERS = (read_vlm, read_liuhaotian, read_llama, read_tower, read_clip, read_tokenizer, read_plan)
