@@ -38,7 +38,7 @@ from benchmarks import TASKS, mmmu
 from benchmarks import score as scoring
 from benchmarks.answers import Answer, Question, read_answers
 from core import flags
-from core.common import UserError, lock, make_folder, split, write_json
+from core.common import UserError, clear_tmp, lock, make_folder, split, write_json
 from core.flags import whole
 
 if __name__ == "__main__" and any(word.startswith("--score") for word in sys.argv):
@@ -331,6 +331,7 @@ def evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
         out = make_folder(args.out or Path("out/eval") / Path(args.model).resolve().name)
         if rank == 0:
             held = lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
+            clear_tmp(out, "*.json", "*.jsonl")                       # what a kill left
     model, tokenizer, device = load_as_told(args, device)
     with distributed.together():
         if rank == 0:

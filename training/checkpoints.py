@@ -72,9 +72,9 @@ class Checkpoints:
         free = free_bytes(self.folder.parent)
         if free < need * 1.05:
             raise UserError(
-                f"{self.folder}: {new} more checkpoints of {each / 1e9:.1f} GB, and the model of "
-                f"{model / 1e9:.1f} GB at the end, take {need / 1e9:.1f} GB at once, but only "
-                f"{free / 1e9:.1f} GB are free; make room, give a smaller --keep, or choose "
+                f"{self.folder}: {new} more checkpoints of {amount(each)}, and the model of "
+                f"{amount(model)} at the end, take {amount(need)} at once, but only "
+                f"{amount(free)} are free; make room, give a smaller --keep, or choose "
                 "another --out")
 
     def clear(self) -> None:
@@ -149,8 +149,8 @@ class Checkpoints:
             raise UserError(f"{tmp}: cannot make this folder ({e.strerror or e})") from e
         free = free_bytes(self.folder)
         if free < need:
-            raise UserError(f"{self.folder}: a checkpoint takes {need / 1e9:.1f} GB, but only "
-                            f"{free / 1e9:.1f} GB are free")
+            raise UserError(f"{self.folder}: a checkpoint takes {amount(need)}, but only "
+                            f"{amount(free)} are free")
 
     def _put(self, tmp: Path, step: int) -> None:
         """Give a folder that is complete its name, then remove what it replaces: the oldest, and
@@ -230,6 +230,11 @@ class Checkpoints:
 def size_of(trained: dict[str, Tensor]) -> int:
     """Bytes of a checkpoint: float32 weights and two moments."""
     return 3 * 4 * sum(p.numel() for p in trained.values())
+
+
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def free_bytes(folder: Path) -> int:
