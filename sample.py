@@ -65,9 +65,9 @@ from toy import world as toy
 from viz import explorer, figures, maps
 
 try:
-    import readline  # noqa: F401   (imported, it edits what input() reads)
-except ImportError:      # Windows: its console does that itself
-    pass
+    import readline  # imported, it edits what input() reads
+except ImportError:                 # Windows: its console does that itself
+    readline = None
 
 # --------------------------------------------------------------------------------------------------
 # Asking
@@ -195,6 +195,8 @@ def chat(asker: Asker, pixels: Tensor, line: str | None = None) -> None:
     turns = []
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")         # a path may have any bytes
+    if readline is not None:        # a Ctrl-D typed ahead of the prompt comes as a zero
+        readline.parse_and_bind(r'"\C-@": "\C-d"')
     while True:
         try:
             line = typed() if line is None else line

@@ -112,7 +112,7 @@ def test_a_chat_has_a_way_on(ask, monkeypatch):
     """A key that can't be edited with, bytes that are no text, a full context."""
     lines = b"Is there \x1b[Dan owl?\n\xff?\n/image \xff.png\nIs there an owl?\nAnd a dog?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    monkeypatch.setattr(sample.Asker, "context", 80)            # the first takes 76 and one, both 84
+    monkeypatch.setattr(sample.Asker, "context", 80)    # the first takes 76 and one, both 84
     out, err = ask("--chat")
     assert len(out.splitlines()) == 1
     said = [line for line in err.replace("> ", "").splitlines() if line.startswith("error")]
