@@ -302,8 +302,8 @@ def _look_for_pictures(named: dict[int, str], image_root: Path, records: list, f
     if faults:
         bad, why = next(iter(faults.items()))
         whose = name(records[files[bad]], f"record {files[bad]}")
-        raise UserError(f"{len(faults)} of {seen} pictures named in {file} can't be read; "
-                        f"put them right, or leave their records out; first: {why}, of {whose}")
+        raise UserError(f"{file}: {len(faults)} of {seen} pictures named there can't be read; put "
+                        f"them right, or leave their records out; first: {why}, of {whose}")
     for line in remarks(notes, upright):
         say(line)
     if seen < len(files):
