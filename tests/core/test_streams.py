@@ -2,6 +2,7 @@
 what other systems lack."""
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,3 +189,11 @@ def test_elsewhere(tmp_path):
     assert run.stdout.startswith("3\n") and "model written to" in run.stdout
     assert " peak - GiB" in run.stdout
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_nothing_needs_docstrings():
+    """python -OO: __doc__ is None, which argparse takes; nobody else may need it."""
+    for file in ROOT.rglob("*.py"):
+        if not {"tests", "out"} & {*file.relative_to(ROOT).parts[:1]}:
+            source = file.read_text(encoding="utf-8")
+            assert not re.search(r"__doc__\s*[.\[%+]", source), file
