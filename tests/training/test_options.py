@@ -13,7 +13,8 @@ def test_the_recipe_is_table_5s():
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--micro", "-1"], "--micro -1: should be a whole number from 1"), (["--batch", "0"], "--batch 0"),
+    (["--micro", "-1"], "--micro -1: should be a whole number from 1"),
+    (["--batch", "0"], "--batch 0"),
     (["--steps", "0"], "--steps 0"), (["--max-length", "-5"], "--max-length -5"),
     (["--save-every", "0"], "--save-every"), (["--keep", "0"], "--keep 0"),
     (["--workers", "-1"], "--workers -1: should be a whole number from 0"), (["--lr", "0"], "--lr"),
