@@ -123,7 +123,7 @@ def about_steps(g) -> None:
                    help="peak learning rate: 3%% warm-up, then half a cosine to zero")
     g.add_argument("--warmup", type=flags.share, default=0.03, help="share of the steps")
     g.add_argument("--steps", type=whole(1, MANY), help="default: one epoch")
-    g.add_argument("--max-length", type=whole(1, 1 << 20), help="tokens of a row, the picture's "
+    g.add_argument("--max-length", type=whole(1, 1 << 17), help="tokens of a row, the picture's "
                    "included (default: 2048; for --plan of stage 1 640, since captions are short)")
     g.add_argument("--seed", type=flags.seed, default=42)
 
@@ -157,7 +157,7 @@ def about_running(g) -> None:
 
 def about_planning(g) -> None:
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
-    g.add_argument("--gpus", type=whole(1, 65_536), default=8, help="how many")
+    g.add_argument("--gpus", type=whole(1, 512), default=8, help="how many")
     g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
     g.add_argument("--mfu", type=flags.real(0.001, 1), default=0.4, help="share of the GPU's peak "
                    "that is reached (docs/gpu.md: 38 to 43%%)")

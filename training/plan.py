@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ccra import VLM
+from core.common import UserError
 from llama import LOSS_ROWS
 from training import sharding
 from training.prepared import read_report
@@ -28,6 +29,7 @@ from training.prepared import read_report
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
 GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80),
         "h200": (989e12, 141), "l40s": (362e12, 48), "rtx4090": (165e12, 24)}
+TOKENS = 1 << 22               # at a time: more is beyond all of them
 SAMPLES = {1: 558128, 2: 665298}                    # LLaVA's, of the two stages
 
 
@@ -68,7 +70,15 @@ def numbers(module: nn.Module) -> int:
 # What --plan prints
 
 def report(args: argparse.Namespace, model: VLM) -> str:
-    """The plan on paper. args: train.py's; model: a VLM without numbers, as it is trained."""
+    """The plan on paper. args: train.py's; model: a VLM without numbers, as it is trained.
+    UserError for rows that hold no text, or more of them at a time than any card does."""
+    micro = min(args.micro, math.ceil(args.batch / args.gpus))
+    if args.max_length <= model.picture_rows:
+        raise UserError(f"--max-length {args.max_length}: the picture alone takes "
+                        f"{model.picture_rows} of it")
+    if micro * args.max_length > TOKENS:
+        raise UserError(f"{micro} rows of {args.max_length} tokens at a time fit on no card; give "
+                        "a smaller --micro")
     peak, room = GPUS[args.gpu]
     steps, samples = epoch(args)
     work = flops(model, [args.max_length] * args.batch, args.batch * args.max_length // 4,
@@ -79,7 +89,6 @@ def report(args: argparse.Namespace, model: VLM) -> str:
              f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s "
              f"({args.gpu}):"]
     lines += hours(args, steps * work / (peak * args.mfu) / 3600)
-    micro = min(args.micro, math.ceil(args.batch / args.gpus))
     memory = measure(model, args, micro)
     how = f"--parallel {args.parallel}" + f", --shard {args.shard}" * (args.parallel == "fsdp")
     lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB ({how}, {micro} "

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ from clip import CLIPVisionConfig
 from core.common import ROOT, UserError
 from core.tokenizer import IGNORE, IMAGE_TOKEN
 from training import options, plan, setup
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--max-length", "36"], "--max-length 36: the picture alone takes 36 of it"),
+    (["--micro", "65536", "--batch", "65536", "--gpus", "1"], "give a smaller --micro")])
+def test_rows_that_no_card_holds(words, said):
+    args = options.arguments(["--stage", "2", "--plan", *words])
+    with pytest.raises(UserError, match=said):
+        plan.report(args, SimpleNamespace(picture_rows=36))
 
 
 def planned(capsys, *flags) -> str:
