@@ -17,7 +17,9 @@ A benchmark's answers go to --out as they come, TASK.jsonl in the end, and what 
 asked again: a run that was killed goes on when the same command is given again, on any number of
 processes. Questions of like length share a batch, and the batches don't depend on who answers them,
 so neither do the answers. (They would depend on the number of CPU threads, which change rounding:
-say --threads where it matters.)
+say --threads where it matters.) An answer that was changed since it was written isn't taken over. A
+benchmark that can't be asked doesn't keep others from being asked. A picture that turns out to be
+damaged is answered by nothing, said and counted, and asked about again by the same command.
 """
 from core.common import run  # first: from here on Ctrl-C is a line
 

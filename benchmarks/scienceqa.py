@@ -58,7 +58,7 @@ def questions(path: Path, folder: Path) -> Iterator[Question]:
         context = f"Context: {row['hint']}\n" if row["hint"] else ""
         text = TEMPLATE.format(context=context, question=row["question"],
                                options=lettered(row["choices"]))
-        if row["image"]:
+        if row.get("image"):
             own = picture(folder / "images" / "test", pid, path / "problems.json")
             image = picture(own, row["image"], path / "problems.json")
             yield Question(pid, text, image, slot="<image>\n", part="with")
