@@ -162,7 +162,9 @@ def read_scored(path: Path) -> dict[str, tuple]:
         rows = {row["id"]: (row["question_type"], as_list(row["answer"]), as_list(row["options"]))
                 for row in listed}
         expect(len(rows) == len(listed), path, "a table where every id stands once")
-        expect(all(isinstance(options, list) for _, _, options in rows.values()), path, what)
+        good = all(isinstance(options, list) and len(options) <= 26
+                   and (options or kind != "multiple-choice") for kind, _, options in rows.values())
+        expect(good, path, f"{what}: a question's options")
     expect(any(gold != "?" for _, gold, _ in rows.values()), path,
            "a split with answers: the test split's are hidden")
     return rows

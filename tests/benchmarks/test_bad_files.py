@@ -14,6 +14,7 @@ from tests.benchmarks.cases import (
     make_gqa,
     make_mmbench,
     make_mme,
+    make_mmmu,
     make_mmvet,
     make_pope,
     make_scienceqa,
@@ -157,6 +158,11 @@ def test_annotations_with_holes(tmp_path):
     write_json(folder / "problems.json", problems | {"5": sixth})
     with fails("beyond E"):
         score("scienceqa", folder, read_back(tmp_path, lines))
+    path, lines = make_mmmu(tmp_path)
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    with fails("mmmu.jsonl", "options"):
+        score("mmmu", write_lines(path, [row | dict(options="[]") for row in rows]),
+              read_back(tmp_path, lines))
     with fails("mm-vet.json"):
         rows = {"v1_a": dict(question="?", capability=["ocr"])}
         mmvet.read(write_json(tmp_path / "x.json", rows))
