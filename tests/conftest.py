@@ -10,7 +10,7 @@ from core.tokenizer import Tokenizer
 from llama import Llama, LlamaConfig
 from toy import world as toy
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_configure(config):
@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory):
-    """A tiny CLIP and a tiny Llama with the embedded world's tokenizer, in the public layout."""
+    """A tiny CLIP and a tiny Llama with the toy world's tokenizer, in the public layout."""
     folder = tmp_path_factory.mktemp("towers")
     torch.manual_seed(0)
     vision = CLIPVisionConfig(image_size=32, patch_size=16, hidden_size=16, intermediate_size=32,

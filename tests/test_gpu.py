@@ -1,6 +1,6 @@
 """The same code on a GPU: what it computes there is what it computes on a CPU.
 
-    python -m pytest -s -m gpu tests/test_gpu.py
+    python -m pytest -n 0 -s -m gpu tests/test_gpu.py
 
 Otherwise the tests hide GPUs (conftest.py), so that they are the same anywhere. What the paper's
 sizes take on a GPU, in seconds and GiB, bench/card.py measures.

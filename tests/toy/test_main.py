@@ -13,7 +13,7 @@ def test_show(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("test0/0: ") and said[1].startswith("    ")
     assert Image.open("out/toy/scenes.png").size == (6 * 2 * 104, 2 * 2 * 104)
-    with pytest.raises(UserError, match="--n should be at least 1"):
+    with pytest.raises(UserError, match="--n 0: should be a whole number from 1"):
         program.main(["show", "--n", "0"])
 
 
