@@ -213,7 +213,7 @@ class Prepared:
             raise UserError(f"{folder}: was prepared with another tokenizer than {tokenizer.file}; "
                             "prepare it again with --llm this model's folder")
         self._check_arrays()
-        self.image_root = Path(images or inputs["images"] or "")
+        self.image_root = Path(images or inputs.get("images") or "")
         if self.report["pictures"] and not self.image_root.is_dir():
             raise UserError(f"{self.image_root}: no such folder; say where the pictures of "
                             f"{folder} are (--images DIR)")

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccra import NAMED, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
+from core import fields
 from core.common import Lock, UserError, clear_tmp, cores, lock, make_folder, read_json
 from core.distributed import gather, note, together, where
 from core.layouts import Folder
@@ -235,7 +236,12 @@ def inherited(args: argparse.Namespace, model: VLM) -> str:
     """What stage 2 takes over from stage 1, and what it changes, as a line; empty in stage 1."""
     if args.stage == 1 or not Path(args.model, "train.json").is_file():
         return ""
-    before = read_json(Path(args.model, "train.json"))
+    file = Path(args.model, "train.json")
+    before = read_json(file)
+    try:
+        fields.check(before, dict(model=dict, steps=int, mode=str), str(file))
+    except UserError as e:
+        return f"what stage 1 chose isn't known: {e}"
     said = variant(args)
     if args.query:
         said["query"] = args.query
