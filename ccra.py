@@ -36,12 +36,12 @@ from core.fields import Depth, Range, Width, check_config
 from core.layouts import Folder, fill_vlm, open_vlm
 from core.sequences import check_text, places, splice
 from data import QUERIES
+from fusers import kept
 from fusers.common import fits
 from fusers.llava import LLaVAConfig
 from llama import IMAGE_TOKEN, Llama, LlamaConfig
 
 EPS = 1e-5             # of the norms
-
 PARTS = ("lpwca", "lwca", "pwca")
 ORDERS = ("progressive", "shuffled", "decoupled")
 ALONE = ("lwca_only", "pwca_only")
@@ -49,7 +49,6 @@ USED = {"progressive": PARTS, "shuffled": PARTS, "decoupled": ("lwca", "pwca"),
         "lwca_only": ("lwca",), "pwca_only": ("pwca",)}          # the parts of each arrangement
 NORMS = ("joint", "stack", "token")
 MODES = ("on", "neutral", "off")
-
 Maps = dict[str, Tensor]
 Layers = list[Tensor]                                       # L x (B, N, d)
 
@@ -379,6 +378,13 @@ class VLM(nn.Module):
         projector = nn.Sequential(nn.Linear(fuser.width, D), nn.GELU(), nn.Linear(D, D))
         return cls(vision, llm, fuser, projector, pad, query)
 
+    def with_fuser(self, config) -> "VLM":
+        """CCRA, or another, in plain LLaVA's place between the same towers. It answers as before:
+        projector [0 | W1], anchor LLaVA's layer (fusers/kept.py). UserError if it can't."""
+        config = kept.of_llava(self.fuser, config)
+        new = VLM.build(self.vision, self.llm, config, self.image["pad"], self.query)
+        return kept.carry_over(self, new)
+
     def see(self, pixels: Tensor, query: Tensor, query_mask: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, H, W) -> hidden (L+1, B, 1+N, d) of the layers that the fuser reads; query
         (B, Q), query_mask (B, Q) bool: the user's words, never the answer's -> F_t (B, Q, D)."""
@@ -481,8 +487,7 @@ class VLM(nn.Module):
 
 
 def outline(folder: Folder, tower: Folder | None = None) -> VLM:
-    """The model that a folder holds, on meta. tower: the folder of its picture tower, if another.
-    """
+    """The model that a folder holds, on meta. tower: its picture tower's folder, if another."""
     eyes = tower or folder
     with weights.skeleton():
         vision = CLIPVision(CLIPVisionConfig.from_dict(eyes.part("vision"), eyes.where))

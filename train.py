@@ -23,7 +23,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -36,50 +36,44 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import fast
 from ccra import VLM
-from clip import preprocess
 from core import distributed
 from core.common import UserError, split, write_json
 from core.device import autocast_dtype
 from core.distributed import say, together, total, where
 from core.tokenizer import Tokenizer
-from toy.dataset import ToyScenes
-from toy.exam import exam
-from toy.world import draw
-from training import before, plan, setup, sharding
+from training import asking, before, plan, setup, sharding
 from training.checkpoints import Checkpoints
 from training.log import Log, describe
-from training.options import TOY_STEPS, arguments, check_places
+from training.options import arguments, check_places
 from training.order import order
-from training.prepared import Prepared
 from training.readers import Lenient, Notes, Readers
-from training.setup import build, compile_blocks, recompute, variant
+from training.setup import build, compile_blocks, open_dataset, recompute, settings
 from training.stop import Stop
 
 # --------------------------------------------------------------------------------------------------
 # Who is trained, and how
 
 
-def freeze(model: VLM, stage: int, mode: str = "on",
-           train_vision: bool = False) -> dict[str, nn.Parameter]:
-    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1). Returns
-    what is trained.
+def freeze(model: VLM, stage: int, mode: str = "on", train_vision: bool = False,
+           parts: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Stage 1 trains the projector, stage 2 everything but the vision tower (Algorithm 1), or the
+    parts that are named. Returns what is trained.
 
     mode is how CCRA runs: if it is on in stage 1, it is trained there as well, as is a fuser that
     doesn't ask. What no gradient reaches (an ablated part) was frozen when the model was built and
     stays so; what nobody reads of the tower, its last norm and for plain LLaVA its last block,
     joins it.
     """
-    parts = ["projector."]
+    chosen = {"projector"}
     if stage == 2 or mode == "on" or not model.fuser.asks:
-        parts.append("fuser.")
+        chosen.add("fuser")
     if stage == 2:
-        parts.append("llm.")
-    if train_vision:
-        parts.append("vision.")
+        chosen.add("llm")
+    chosen = {*(parts or chosen), *(["vision"] if train_vision else [])}
     blocks = range(model.fuser.n_blocks, len(model.vision.layers))
     unread = ["vision.post_layernorm.", *(f"vision.layers.{i}." for i in blocks)]
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and name.startswith(tuple(parts))
+        p.requires_grad_(p.requires_grad and name.partition(".")[0] in chosen
                          and not name.startswith(tuple(unread)))
     return trained_of(model)
 
@@ -88,12 +82,14 @@ def trained_of(model: VLM) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_precision(trained: dict[str, nn.Parameter], model: VLM, dtype: torch.dtype) -> None:
+def save_precision(trained: dict[str, nn.Parameter], model: VLM, dtype: torch.dtype,
+                   narrow: Sequence[nn.Linear] = ()) -> None:
     """float32 for what is trained (master weights); what is frozen is only read, so it may be as
-    narrow as products."""
-    chosen = {id(p) for p in trained.values()}
+    narrow as products. narrow: layers whose frozen weight stays as it is stored."""
+    chosen, kept = {id(p) for p in trained.values()}, {id(layer.weight) for layer in narrow}
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if id(p) in chosen else dtype)
+        if id(p) not in kept:
+            p.data = p.data.to(torch.float32 if id(p) in chosen else dtype)
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -104,13 +100,18 @@ def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def adamw(trained: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
+def adamw(trained: dict[str, nn.Parameter], lr: float,
+          rates: dict[str, float] | None = None) -> torch.optim.AdamW:
     """LLaVA's: no weight decay, and no gradient clipping (its DeepSpeed configuration leaves
     clipping off). On a GPU in one kernel: else a step's intermediate results take another 4 bytes a
-    parameter."""
+    parameter. rates: peaks of the parts that have their own, as {"projector": 2e-5}."""
     on_gpu = next(iter(trained.values())).device.type == "cuda"
-    return torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
-                             weight_decay=0.0, fused=on_gpu or None)
+    groups = {}
+    for name, p in trained.items():
+        peak = (rates or {}).get(name.partition(".")[0], lr)
+        groups.setdefault(peak, dict(params=[], lr=peak, peak=peak))["params"].append(p)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                             fused=on_gpu or None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,40 +134,6 @@ class Run:
     @property
     def vlm(self) -> VLM:
         return getattr(self.model, "module", self.model)
-
-
-def settings(args: argparse.Namespace, dataset) -> dict:
-    """What decides the course of a run. It is in the checkpoint, and a resume with others is
-    refused."""
-    n = len(dataset)
-    given = {}
-    if args.data:
-        json = dataset.report["inputs"]["json"]
-        given = dict(group=args.group, sha256_of_json=json["sha256"])
-    elif args.json:
-        given = dict(sha256_of_json=dataset.sha256)
-    if args.fuser:
-        given["fuser"] = args.fuser
-    if args.upright:
-        given["upright"] = True
-    return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n,
-                batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
-                max_length=args.max_length, mode=args.mode, query=args.query, dtype=args.dtype,
-                **given, **variant(args))
-
-
-def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer, size: int):
-    """What is trained on: a LLaVA json, all of it checked before the first step or long ago, or the
-    toy world. size: of the pictures, in pixels."""
-    template = "plain" if args.stage == 1 else "v1"
-    if args.data:
-        return Prepared(args.data, args.images, tokenizer, template, size, upright=args.upright,
-                        say=say)
-    if args.json:
-        return data.load(args.json, args.images, tokenizer, template, size, say=say,
-                         upright=args.upright)
-    n = (args.steps or TOY_STEPS[args.stage]) * args.batch
-    return ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
 
 
 def pieces(rows: list[int], rank: int, size: int, micro: int) -> tuple[list[list[int]], int]:
@@ -243,15 +210,11 @@ def train_step(model: nn.Module, batches: list[dict[str, Tensor]], device: torch
         # whole gradients.
         ddp = isinstance(model, DistributedDataParallel)
         with model.no_sync() if ddp and i < len(batches) else nullcontext():
-            with products_in(dtype, device):
+            with sharding.products_in(dtype, device):
                 loss = model(**batch, mode=mode) / supervised
             (loss * size).backward()
         loss_sum += loss.item()
     return loss_sum
-
-
-def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def cost(run: Run, batches: list[dict[str, Tensor]]) -> float:
@@ -270,13 +233,14 @@ def gradient_norm(trained: dict[str, nn.Parameter]) -> float:
     return float(sharding.whole(torch.nn.utils.get_total_norm(grads)))
 
 
-def update(run: Run, lr: float, loss: float, norm: float, spoilt: int) -> int:
+def update(run: Run, step: int, loss: float, norm: float, spoilt: int) -> int:
     """AdamW's step, unless loss or gradient isn't finite, which is then the same on all processes.
-    spoilt: how many steps in a row weren't, before this one; returns how many now."""
+    step counts from 0. spoilt: how many steps in a row weren't, before this one; returns how many
+    now."""
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = get_lr(step, run.course["steps"], group["peak"], run.args.warmup)
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return 0 if finite else spoilt + 1
@@ -334,7 +298,7 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
         norm = gradient_norm(run.trained)
         # update
         lr = get_lr(step - 1, steps, args.lr, args.warmup)
-        spoilt = update(run, lr, loss, norm, spoilt)
+        spoilt = update(run, step - 1, loss, norm, spoilt)
         if spoilt:
             complain(run, step, rows, loss, norm, spoilt)
         # log
@@ -348,7 +312,7 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
             save(run, checkpoints, log, step)
         # ask
         if args.ask_every and step % args.ask_every == 0:
-            say_answers(run, step)
+            asking.say_answers(run, step)
         if ends:
             return False
     return True
@@ -364,37 +328,15 @@ def save(run: Run, checkpoints: Checkpoints, log: Log | None, step: int) -> None
         log.draw()
 
 
-def say_answers(run: Run, step: int, n: int = 4) -> None:
-    """Answers to the first questions of the toy world's exam, as the model is trained (dtype,
-    mode). Forward passes alone, without a cache, since every process has to take part in each pass
-    of a sharded model; all compute the same."""
-    for question in exam(0, n):
-        last = question.turns[-1]
-        turns = [(turn.question, turn.answer) for turn in question.turns[:-1]]
-        prompt = data.prompt([*turns, (last.question, None)], run.tokenizer)
-        pixels = preprocess(draw(question.scene), run.vlm.vision.config.image_size, pad=True)
-        item = data.item(prompt, pixels)
-        said = []
-        for _ in range(12):
-            batch = data.make_batch([item], device=run.device)
-            with torch.no_grad(), products_in(run.dtype, run.device):
-                logits = run.model(**batch, mode=run.args.mode)                        # (1, T', V)
-            said.append(int(logits[0, -1].argmax()))
-            item["ids"].append(said[-1])
-        ends = (i for i, token in enumerate(said) if token in run.tokenizer.eos_ids)
-        text = run.tokenizer.decode(said[:next(ends, len(said))])
-        say(f"  step {step}: {last.question} {text!r}, right {last.answer!r}")
-    sharding.sliced_again(run.model)
-
-
 # --------------------------------------------------------------------------------------------------
 # Before and after
 
 def sketch(args: argparse.Namespace) -> VLM:
     """The model of --plan as it is trained, without numbers."""
     model = setup.sketch(args)
-    trained = freeze(model, args.stage, args.mode, args.train_vision)
-    save_precision(trained, model, torch.bfloat16)
+    freeze(model, args.stage, args.mode, args.train_vision, args.train)
+    narrow = setup.frozen_llm(args, model, torch.bfloat16)
+    save_precision(trained_of(model), model, torch.bfloat16, narrow)
     if args.recompute:
         recompute(model)
     return model
@@ -405,10 +347,14 @@ def begin(args: argparse.Namespace, model: VLM, tokenizer: Tokenizer, dataset,
     """The run of a model from `build`: its parts frozen or in float32, its blocks as the flags say,
     shared out over processes."""
     dtype = autocast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    trained = freeze(model, args.stage, args.mode, args.train_vision)
+    freeze(model, args.stage, args.mode, args.train_vision, args.train)
     course = settings(args, dataset) | dict(basis=setup.basis(model, tokenizer, args.stage))
-    size = setup.size_at_end(model, args.stage, dtype)
-    save_precision(trained, model, dtype)
+    narrow = setup.frozen_llm(args, model, dtype)
+    if not trained_of(model):
+        raise UserError("nothing is left to train: the fuser "
+                        f"{model.fuser.name!r} has no parameters of its own")
+    size = setup.size_at_end(model, args, dtype)
+    save_precision(trained_of(model), model, dtype, narrow)
     fast.prepare(model)
     if args.compile:
         compile_blocks(model)
@@ -417,8 +363,8 @@ def begin(args: argparse.Namespace, model: VLM, tokenizer: Tokenizer, dataset,
     mesh = sharding.layout(device, args.shard_size) if args.parallel == "fsdp" else None
     shared = sharding.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = trained_of(model)                     # sliced parameters are others than before
-    return Run(args, shared, trained, adamw(trained, args.lr), dataset, tokenizer, course, device,
-               dtype, size)
+    optimizer = adamw(trained, args.lr, args.rates)
+    return Run(args, shared, trained, optimizer, dataset, tokenizer, course, device, dtype, size)
 
 
 def resume(run: Run) -> int:

@@ -20,6 +20,10 @@ RECIPES = {
     ("toy", 1): dict(batch=32, lr=3e-3),
     ("toy", 2): dict(batch=32, lr=1e-3, micro=8),  # a quarter of the padding: see `shares`
 }
+# LLaVA's of finetune_lora.sh, for whatever leaves the language model's own weights as they are: its
+# adapters' rate, which CCRA takes too, and the projector's
+GENTLE = {"llava": dict(lr=2e-4, lr_projector=2e-5), "toy": dict(lr=1e-3)}
+PARTS = ("fuser", "projector", "llm", "vision")
 TOY_STEPS = {1: 300, 2: 6500}
 PAPER_STEPS = {1: 2179, 2: 5194}         # Table 5, of 557,824 and 664,832 samples
 
@@ -57,6 +61,7 @@ def arguments(argv: list[str] | None = None, about: str | None = None) -> argpar
     general(p)
     about_data(p.add_argument_group("data"))
     about_model(p.add_argument_group("model"))
+    about_trained(p.add_argument_group("what is trained (stage 2)"))
     about_steps(p.add_argument_group(
         "optimisation (the defaults are Table 5's, or the toy world's own)"))
     about_processes(p.add_argument_group("several processes and large models"))
@@ -95,16 +100,20 @@ def about_data(g) -> None:
 
 
 def about_model(g) -> None:
-    g.add_argument("--vision", help="stage 1: folder of the CLIP tower")
+    g.add_argument("--vision", help="stage 1: folder of the CLIP tower; stage 2: only for a "
+                   "--model without one (liuhaotian's LLaVA)")
     g.add_argument("--llm", help="stage 1: folder of the language model")
-    g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default --out)")
+    g.add_argument("--model", help="stage 2: what stage 1 wrote (default: stage 1's default "
+                   "--out), any model of ours, or LLaVA-1.5. Plain LLaVA with --fuser ccra (pwca, "
+                   "lwca, wide) answers as before at first, and learns from there")
+    g.add_argument("--start", choices=("both", "kept"), help="stage 2 of a stage 1 without CCRA: "
+                   "both halves of its projector, as the paper (default), or [0 | Wa + Wb], which "
+                   "answers as stage 1 did whatever CCRA's first numbers are")
     g.add_argument("--fuser", choices=NAMED, help="what stands between the towers (README; "
                    "default: ccra, in stage 2 stage 1's)")
     g.add_argument("--stage1-ccra", choices=("off", "neutral", "on"), default="off",
                    help="stage 1 without CCRA (section 4.1), with neutral maps, or asked by the "
                    "caption's prompt")
-    g.add_argument("--train-vision", action="store_true",
-                   help="stage 2: train the vision tower, too (appendix B)")
     g.add_argument("--query", choices=data.QUERIES, help="the questions of a conversation that "
                    "CCRA reads the picture with: all (default), those so far (a row for every "
                    "turn), or the first")
@@ -112,6 +121,21 @@ def about_model(g) -> None:
     g.add_argument("--order", choices=ORDERS, help="Figure 5 (default: progressive, which is PAI)")
     g.add_argument("--off", nargs="+", choices=("lpwca", "lwca", "pwca", "smooth"),
                    help="parts made neutral (Table 4)")
+
+
+def about_trained(g) -> None:
+    g.add_argument("--train", nargs="+", choices=PARTS, metavar="PART", help="of fuser, projector, "
+                   "llm, vision (default: fuser projector llm). Without llm and vision --out is an "
+                   "adapter: for sample.py --adapter, eval.py --adapter, python -m training.merge")
+    g.add_argument("--train-vision", action="store_true", help="the vision tower, too (appendix B)")
+    g.add_argument("--lora", type=whole(1, 1 << 16), metavar="R", help="instead of llm: "
+                   "matrices of rank R beside the seven of each of its blocks")
+    g.add_argument("--lora-alpha", type=flags.real(1e-3, 1e6), metavar="A",
+                   help="what they give is multiplied by A / R (default: 2 R)")
+    for part in ("fuser", "projector", "llm"):
+        g.add_argument(f"--lr-{part}", type=flags.real(1e-12, 10), metavar="LR",
+                       help=f"the {part}'s own peak learning rate (default: --lr's)"
+                       + "; of its LoRA, too" * (part == "llm"))
 
 
 def about_steps(g) -> None:
@@ -170,12 +194,13 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The same arguments with every default filled in. UserError for what doesn't go together."""
     choose_data(args)
     choose_model(args)
+    choose_trained(args)
     choose_processes(args)
     if args.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs `pip install wandb`")
     recipe = RECIPES[args.world, args.stage]
     args.batch = args.batch or recipe["batch"]
-    args.lr = args.lr or recipe["lr"]
+    choose_rates(args, recipe["lr"])
     args.micro = args.micro or recipe.get("micro", args.batch)
     args.max_length = args.max_length or (640 if args.plan and args.stage == 1 else 2048)
     args.out = Path(args.out or f"out/{args.world}/stage{args.stage}")
@@ -201,7 +226,7 @@ def choose_data(args) -> None:
     if args.stage == 1 and args.model:
         raise UserError("--model is what stage 2 begins with; stage 1 makes one of --vision and "
                         "--llm")
-    if args.stage == 2 and (args.vision or args.llm):
+    if args.stage == 2 and (args.llm or args.vision and not args.model):
         raise UserError("--vision and --llm are chosen in stage 1; stage 2 goes on with that model "
                         "(--model)")
     for flag, (place, _) in PLACES[args.world, args.stage].items():
@@ -219,9 +244,44 @@ def choose_model(args) -> None:
     """mode: how CCRA runs in this stage."""
     if args.fuser not in (None, "ccra") and (args.norm or args.order or args.off):
         raise UserError(f"--norm, --order and --off belong to CCRA, not to --fuser {args.fuser}")
+    args.mode = args.stage1_ccra if args.stage == 1 else "on"
+
+
+def choose_trained(args) -> None:
+    """train: the parts that are trained, by name; empty for those of the stage (train.freeze)."""
+    for flag in ("train", "lora", "lora_alpha", "lr_fuser", "lr_projector", "lr_llm", "start"):
+        if getattr(args, flag) and args.stage == 1:
+            raise UserError(f"--{flag.replace('_', '-')} belongs to --stage 2")
     if args.train_vision and args.stage == 1:
         raise UserError("--train-vision belongs to --stage 2")
-    args.mode = args.stage1_ccra if args.stage == 1 else "on"
+    if args.lora and "llm" in (args.train or ()):
+        raise UserError("--lora trains matrices beside those of the language model, and \"llm\" in "
+                        "--train those themselves: choose one")
+    if args.lora_alpha and not args.lora:
+        raise UserError("--lora-alpha belongs to --lora")
+    args.lora_alpha = args.lora_alpha or 2.0 * (args.lora or 0)
+    if args.lora and not args.train:
+        args.train = ["fuser", "projector"]
+    args.train = [part for part in PARTS if part in (args.train or ())]
+    if args.train_vision and args.train:
+        args.train = [part for part in PARTS if part in (*args.train, "vision")]
+    args.train_vision = args.train_vision or "vision" in args.train
+    args.adapter = bool(args.train) and not {"llm", "vision"} & {*args.train}
+
+
+def choose_rates(args, usual: float) -> None:
+    """lr, and rates: the parts' own."""
+    gentle = GENTLE[args.world] if args.adapter else dict(lr=usual)
+    given = {part: getattr(args, f"lr_{part}") for part in ("fuser", "projector", "llm")}
+    if args.lr is None and given["projector"] is None:
+        given["projector"] = gentle.get("lr_projector")
+    args.lr = args.lr or gentle["lr"]
+    args.rates = {part: lr for part, lr in given.items() if lr and lr != args.lr}
+    trained = {*(args.train or ("fuser", "projector", "llm")), *(["llm"] if args.lora else [])}
+    for part in ("fuser", "projector", "llm"):
+        if getattr(args, f"lr_{part}") and part not in trained:
+            raise UserError(f"--lr-{part}: the {part} isn't trained (--train)")
+    args.rates = {part: lr for part, lr in args.rates.items() if part in trained}
 
 
 def choose_processes(args) -> None:

@@ -2,10 +2,8 @@
 stands between them in stage 1, what stage 1 wrote in stage 2, and for --plan the same without
 numbers."""
 import argparse
-import hashlib
-import json
+import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +12,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ccra import NAMED, VLM, outline
+import data
+from ccra import CCRA, NAMED, VLM, outline
 from clip import CLIPVision, CLIPVisionConfig
 from core import fields
-from core.common import Lock, UserError, clear_tmp, cores, lock, make_folder, read_json
-from core.distributed import gather, note, together, where
-from core.layouts import Folder
+from core.common import Lock, UserError, clear_tmp, lock, make_folder, read_json
+from core.distributed import gather, say, together, where
+from core.layouts import Folder, open_vlm
 from core.tokenizer import Tokenizer
 from core.weights import skeleton
+from fast import narrow
+from fusers import kept
+from fusers.llava import LLaVA
 from llama import Llama, LlamaConfig
-from training.prepared import tokenizer_id
+from toy.dataset import ToyScenes
+from training import lora
+from training.digests import digest, digests
+from training.options import TOY_STEPS
+from training.prepared import Prepared, tokenizer_id
 
 VICUNA = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
               num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5,
@@ -34,10 +40,7 @@ def build(args: argparse.Namespace) -> tuple[VLM, Tokenizer]:
     """The model before this stage, on the CPU and as it is stored, and its tokenizer. UserError for
     flags that don't fit it."""
     if args.stage == 2:
-        model = VLM.from_pretrained(args.model)
-        if args.fuser or variant(args):
-            model.fuser = refit(model.fuser, args, args.model)
-        model.query = args.query or model.query
+        model = changed(VLM.from_pretrained(args.model, vision=args.vision), args)
         return model, Tokenizer.from_pretrained(args.model)
     tower = CLIPVision.from_pretrained(args.vision)
     llm = Llama.from_pretrained(args.llm, dtype=None)                                   # as stored
@@ -55,10 +58,7 @@ def sketch(args: argparse.Namespace) -> VLM:
     sizes."""
     with skeleton():
         if args.stage == 2 and Path(args.model, "config.json").is_file():
-            model = outline(Folder(args.model))
-            if args.fuser or variant(args):
-                model.fuser = refit(model.fuser, args, args.model)
-            return model
+            return changed(outline(*open_vlm(args.model, args.vision)), args)
         vision = stored_config(args.vision, "vision")
         llm = stored_config(args.llm, "llm")
         tower = CLIPVision(CLIPVisionConfig.from_dict(vision) if vision else CLIPVisionConfig())
@@ -71,6 +71,46 @@ def stored_config(dir: str | None, part: str) -> dict | None:
     if dir is None or not Path(dir, "config.json").is_file():
         return None
     return Folder(dir).part(part)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is trained on, and what decides a run
+
+def settings(args: argparse.Namespace, dataset) -> dict:
+    """What decides the course of a run. It is in the checkpoint, and a resume with others is
+    refused."""
+    n = len(dataset)
+    given = {}
+    if args.data:
+        json = dataset.report["inputs"]["json"]
+        given = dict(group=args.group, sha256_of_json=json["sha256"])
+    elif args.json:
+        given = dict(sha256_of_json=dataset.sha256)
+    if args.fuser:
+        given["fuser"] = args.fuser
+    if args.upright:
+        given["upright"] = True
+    for key in ("train", "lora", "lora_alpha", "rates", "start"):      # those that are used
+        if getattr(args, key):
+            given[key] = getattr(args, key)
+    return dict(stage=args.stage, steps=args.steps or math.ceil(n / args.batch), samples=n,
+                batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
+                max_length=args.max_length, mode=args.mode, query=args.query, dtype=args.dtype,
+                **given, **variant(args))
+
+
+def open_dataset(args: argparse.Namespace, tokenizer: Tokenizer, size: int):
+    """What is trained on: a LLaVA json, all of it checked before the first step or long ago, or the
+    toy world. size: of the pictures, in pixels."""
+    template = "plain" if args.stage == 1 else "v1"
+    if args.data:
+        return Prepared(args.data, args.images, tokenizer, template, size, upright=args.upright,
+                        say=say)
+    if args.json:
+        return data.load(args.json, args.images, tokenizer, template, size, say=say,
+                         upright=args.upright)
+    n = (args.steps or TOY_STEPS[args.stage]) * args.batch
+    return ToyScenes(f"train{args.stage}", n, args.stage, tokenizer, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,6 +131,38 @@ def fuser_config(args: argparse.Namespace, vision: CLIPVisionConfig, llm: LlamaC
                  n_layers=vision.num_hidden_layers, d_hidden=128 if args.world == "llava" else 64)
     known = {key: n for key, n in sizes.items() if key in kind.__dataclass_fields__}
     return kind(**known, **variant(args))
+
+
+def changed(model: VLM, args: argparse.Namespace) -> VLM:
+    """The model that stage 2 begins with: that of --model, as the flags change it. UserError for
+    what they can't."""
+    if args.fuser and isinstance(model.fuser, LLaVA) and args.fuser != "llava":
+        torch.manual_seed(args.seed)                        # the new fuser's first values
+        config = fuser_config(args, model.vision.config, model.llm.config)
+        try:
+            model = model.with_fuser(config)
+        except UserError as e:
+            raise UserError(f"{args.model}: {e}") from e
+    elif args.fuser or variant(args):
+        model.fuser = refit(model.fuser, args, args.model)
+    if args.start == "kept":
+        start_kept(model, args.model)
+    model.query = args.query or model.query
+    return model
+
+
+def start_kept(model: VLM, folder: str) -> None:
+    """--start kept, of what stage 1 trained without CCRA; nothing to do where plain LLaVA was."""
+    if not isinstance(model.fuser, CCRA):
+        raise UserError(f"--start kept is for CCRA; the fuser of {folder} is {model.fuser.name!r}")
+    if isinstance(model.projector[0], kept.Halves):
+        return
+    file = Path(folder, "train.json")
+    before = read_json(file) if file.is_file() else {}
+    if before.get("stage") != 1 or before.get("mode") != "off":
+        raise UserError(f"--start kept: {folder} isn't of a stage 1 without CCRA (--stage1-ccra "
+                        "off), whose projector alone has learnt; leave it out")
+    kept.keep_right(model.projector)
 
 
 def refit(fuser: nn.Module, args: argparse.Namespace, folder: str) -> nn.Module:
@@ -172,29 +244,6 @@ def stored(model: VLM, tokenizer: Tokenizer, stage: int) -> dict[str, str]:
             "tokenizer": digest(tokenizer_id(tokenizer))}
 
 
-PARTS = {"vision": "picture tower", "fuser": "fuser", "projector": "projector",
-         "llm": "language model"}
-
-
-def digests(tensors: list[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """A sha256 for each part of a model: of its tensors' names, types, shapes and bytes."""
-    size = sum(p.nbytes for _, p in tensors)
-    if size > 4e9:
-        note(f"reading the {size / 1e9:.0f} GB that this run begins with, to know them again")
-
-    def one(named: tuple[str, torch.Tensor]) -> list:
-        name, p = named
-        raw = p.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return [name, str(p.dtype), list(p.shape), hashlib.sha256(raw).hexdigest()]
-
-    with ThreadPoolExecutor(cores()) as pool:
-        rows = list(pool.map(one, tensors))
-    parts = {}
-    for row in rows:
-        parts.setdefault(PARTS[row[0].partition(".")[0]], []).append(row)
-    return {part: digest(sorted(rows)) for part, rows in parts.items()}
-
-
 def found_again(run) -> dict[str, torch.Tensor]:
     """The parameters of the model that a run (a train.Run) was begun with, as they are stored.
     UserError if they were changed meanwhile."""
@@ -209,15 +258,23 @@ def found_again(run) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def digest(content) -> str:
-    """The sha256 of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def frozen_llm(args: argparse.Namespace, model: VLM, dtype: torch.dtype) -> list[nn.Linear]:
+    """Where --train leaves the language model as it is: put --lora's matrices beside its own, which
+    stay as narrow as they are stored. Returns those layers. dtype: of products."""
+    if args.lora:
+        torch.manual_seed(args.seed)                        # its first values
+        lora.add(model.llm, args.lora, args.lora_alpha)
+    if not args.train or "llm" in args.train:
+        return []
+    return narrow.keep(model.llm, dtype)
 
 
-def size_at_end(model: VLM, stage: int, dtype: torch.dtype) -> int:
+def size_at_end(model: VLM, args: argparse.Namespace, dtype: torch.dtype) -> int:
     """Bytes of the model that a run ends with: in stage 2 all in dtype, in stage 1 as stored, what
-    is trained in float32."""
-    if stage == 2:
+    is trained in float32; of an adapter nothing else."""
+    if args.adapter:
+        return sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    if args.stage == 2:
         return dtype.itemsize * sum(p.numel() for p in model.parameters())
     return sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
 
@@ -233,7 +290,13 @@ def choices(model: VLM) -> dict:
 
 
 def inherited(args: argparse.Namespace, model: VLM) -> str:
-    """What stage 2 takes over from stage 1, and what it changes, as a line; empty in stage 1."""
+    """What stage 2 takes over from stage 1, or from LLaVA, and what it changes, as a line; empty in
+    stage 1."""
+    if isinstance(model.projector[0], kept.Halves):
+        pictures = "padded" if model.image["pad"] else "cropped"
+        return (f"{model.fuser.name} in plain LLaVA's place, with its answers at first (projector "
+                f"[0 | W1]); LLaVA's: anchor -2, prompt, pictures {pictures}; ours: query "
+                f"{model.query}")
     if args.stage == 1 or not Path(args.model, "train.json").is_file():
         return ""
     file = Path(args.model, "train.json")
@@ -247,9 +310,9 @@ def inherited(args: argparse.Namespace, model: VLM) -> str:
         said["query"] = args.query
     was = before["model"]
     now = choices(model)
-    kept = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
+    stays = ", ".join(f"{key} {value}" for key, value in now.items() if key not in said)
     changed = ", ".join(f"{key} {was.get(key)} -> {now[key]}"
                         for key in said if was.get(key) != now[key])
     mode = f", {now['fuser']} {before['mode']}" if model.fuser.asks else ""
-    line = f"from stage 1 ({before['steps']} steps{mode}): {kept}"
+    line = f"from stage 1 ({before['steps']} steps{mode}): {stays}"
     return f"{line}; changed: {changed}" if changed else line

@@ -66,7 +66,10 @@ def share(model: nn.Module, how: str, device: torch.device, dtype: torch.dtype,
     # Embeddings, head, norms and projector belong to the root: F_t and the prompt read the same
     # embeddings
     fully_shard(model, mesh=mesh, mp_policy=narrow, reshard_after_forward=False)
-    return model.float()          # master weights; every process converts its own slices only
+    for p in model.parameters():            # master weights; every process converts its own slices
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
 
 
 def whole(p: Tensor) -> Tensor:
@@ -87,6 +90,11 @@ def rows(p: Tensor) -> tuple[Tensor, int, bool]:
     copies = [p.device_mesh.get_local_rank(i)
               for i, kind in enumerate(p.placements) if isinstance(kind, Replicate)]
     return local, offset[0] if offset else 0, not any(copies)
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16, if that is what products are computed in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def sliced_again(model: nn.Module) -> None:

@@ -9,8 +9,13 @@ from safetensors.torch import save_file
 
 from ccra import VLM
 from clip import CLIPVision, CLIPVisionConfig
+from core import layouts
 from core.common import UserError
+from core.tokenizer import Tokenizer
+from fusers.llava import LLaVAConfig
 from llama import Llama, LlamaConfig
+from toy import world as toy
+from training.export import export_llava
 
 transformers = pytest.importorskip("transformers")
 
@@ -261,3 +266,26 @@ LLMS = {                       # name -> (folder, settings of public_llama)
     "meta 3.2": (partial(meta, 1, 3.2),
                  dict(tied=True, num_key_value_heads=2,
                       rope_parameters={**LLAMA31, "factor": 32.0}))}
+
+
+def worded_llava(base):
+    """A llava-hf and a liuhaotian folder with the toy world's tokenizer, and the CLIP and Vicuna of
+    the same."""
+    words = toy.MODEL / "tokenizer.model"
+    text = {**TEXT, "vocab_size": Tokenizer.from_pretrained(toy.MODEL).vocab_size}
+    model = made(LLaVAConfig(16, 3), text)
+    export_llava(model, base / "hf", words)
+    state = model.llm.state_dict()
+    public = {key if key.startswith("lm_head") else f"model.{key}": t for key, t in state.items()}
+    files, index = shards(public, 2, "pytorch_model", "bin")
+    write(base / "vicuna", files, {"config.json": {"model_type": "llama", **text}, **index})
+    public |= {f"model.mm_{key}": p for key, p in model.named_parameters()
+               if key.startswith("projector.")}
+    files, index = shards(public, 2, "pytorch_model", "bin")
+    write(base / "original", files, {"config.json": {**ORIGINAL_CONFIG, **text}, **index})
+    eyes = {layouts.tower_name(name): p for name, p in model.vision.named_parameters()}
+    write(base / "clip", {"pytorch_model.bin": eyes},
+          {"config.json": {"model_type": "clip_vision_model", **VISION}})
+    for name in ("vicuna", "original"):
+        (base / name / "tokenizer.model").write_bytes(words.read_bytes())
+    return base

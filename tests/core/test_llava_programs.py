@@ -5,41 +5,16 @@ import torch
 import sample
 import train
 from ccra import VLM
-from core import layouts
 from core.common import ROOT
 from core.layouts import Folder
-from core.tokenizer import Tokenizer
-from fusers.llava import LLaVAConfig
-from tests.core.helpers import ORIGINAL_CONFIG, TEXT, VISION, fails, made, shards, write
-from toy import world as toy
-from training.export import export_llava
+from tests.core.helpers import fails, worded_llava
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def worded(tmp_path_factory):
-    """A llava-hf and a liuhaotian folder with the toy world's tokenizer, and the CLIP and Vicuna of
-    the same."""
-    base = tmp_path_factory.mktemp("worded")
-    words = toy.MODEL / "tokenizer.model"
-    text = {**TEXT, "vocab_size": Tokenizer.from_pretrained(toy.MODEL).vocab_size}
-    model = made(LLaVAConfig(16, 3), text)
-    export_llava(model, base / "hf", words)
-    state = model.llm.state_dict()
-    public = {key if key.startswith("lm_head") else f"model.{key}": t for key, t in state.items()}
-    files, index = shards(public, 2, "pytorch_model", "bin")
-    write(base / "vicuna", files, {"config.json": {"model_type": "llama", **text}, **index})
-    public |= {f"model.mm_{key}": p for key, p in model.named_parameters()
-               if key.startswith("projector.")}
-    files, index = shards(public, 2, "pytorch_model", "bin")
-    write(base / "original", files, {"config.json": {**ORIGINAL_CONFIG, **text}, **index})
-    eyes = {layouts.tower_name(name): p for name, p in model.vision.named_parameters()}
-    write(base / "clip", {"pytorch_model.bin": eyes},
-          {"config.json": {"model_type": "clip_vision_model", **VISION}})
-    for name in ("vicuna", "original"):
-        (base / name / "tokenizer.model").write_bytes(words.read_bytes())
-    return base
+    return worded_llava(tmp_path_factory.mktemp("worded"))
 
 
 def test_sample_asks_llava(worded, capsys):
