@@ -108,14 +108,15 @@ def write(turns: Turns, picture: int | None, tokenizer: Tokenizer, template: str
     return v1(turns, picture, tokenizer)
 
 
-def prompt(turns: Turns, tokenizer: Tokenizer, image: bool = True, strip: bool = True) -> Sample:
+def prompt(turns: Turns, tokenizer: Tokenizer, image: bool = True, strip: bool = True,
+           holder: int = 0) -> Sample:
     """[(question, answer), ..., (question, None)] as a v1 row that ends with " ASSISTANT:", for the
     model to go on. It has no labels.
 
     The row is the beginning of the training sample with the same turns, since the same code writes
     both. Questions are text whatever is typed: "<image>" in them is no picture, "</s>" ends
-    nothing. An empty question is a UserError. image: the picture stands before the first question.
-    strip: blanks around the first question go, as in training; LLaVA's evaluation keeps them.
+    nothing. An empty question is a UserError. image: the picture stands before the question of turn
+    `holder`. strip: blanks around that one go, as in training; LLaVA's evaluation keeps them.
     """
     answered = [answer is not None for _, answer in turns]
     if not turns or answered != [True] * (len(turns) - 1) + [False]:
@@ -125,7 +126,7 @@ def prompt(turns: Turns, tokenizer: Tokenizer, image: bool = True, strip: bool =
             raise UserError("the question is empty: ask something")
         if not encodable(question):
             raise UserError(f"the question {question!r} isn't valid Unicode")
-    sample = v1(turns, 0 if image else None, tokenizer, strip)
+    sample = v1(turns, holder if image else None, tokenizer, strip)
     sample.labels = []
     return sample
 

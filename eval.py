@@ -4,6 +4,7 @@
     python eval.py --task toy --grey     ... about grey pictures, too: what can be guessed blindly
     python eval.py --model DIR --task gqa,pope --data DIR       benchmarks (benchmarks/), or: all
     torchrun --nproc_per_node=8 eval.py --model DIR --task all --data DIR
+    python eval.py --model DIR --task FILE.json --images DIR    one's own exam (benchmarks/exam.py)
     python eval.py --table out/eval/*/results.json              results beside the paper's Table 1
     python eval.py --table2 [TASK]       the paper's Table 2 of a model (benchmarks/table2.py)
     python eval.py --score pope --annotations coco --predictions answers.jsonl
@@ -26,19 +27,17 @@ from core.common import run  # first: from here on Ctrl-C is a line
 # isort: split
 import argparse
 import hashlib
-import io
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
 from pathlib import Path
 
-from benchmarks import TASKS, mmmu
+from benchmarks import ASKED, TASKS, mmmu
+from benchmarks import exam as own
 from benchmarks import score as scoring
-from benchmarks.answers import Answer, Question, read_answers
+from benchmarks.answers import Question, read_answers
 from core import flags
 from core.common import UserError, clear_tmp, lock, make_folder, split, write_json
 from core.flags import whole
@@ -63,7 +62,6 @@ from core.weights import stored_bytes, stored_files
 from data import SYSTEM, Sample, item, make_batch, prompt
 from toy import exam
 from toy import world as toy
-from toy.questions import caption
 
 
 def load_model(folder: str | Path, device: torch.device | str = "auto", dtype: str = "auto",
@@ -150,16 +148,11 @@ def toy_exam(args: argparse.Namespace) -> None:
             result["kinds"][kind]["grey"] = grey["kinds"][kind]["accuracy"]
         return print(json.dumps(result))
     exam.show_scores(result, grey)
-    wrong = [(text, question) for text, question in zip(texts, items)
-             if text != question.turns[-1].answer]
-    for text, question in wrong[:args.wrong]:
-        asked = " / ".join(turn.question for turn in question.turns)
-        print(f"{question.scene.key} {question.kind}: {asked} said {text!r}, right "
-              f"{question.turns[-1].answer!r} [{caption(question.scene)}]")
+    exam.show_wrong(items, texts, args.wrong)
 
 
 # --------------------------------------------------------------------------------------------------
-# The benchmarks: answers
+# The benchmarks, and an exam of one's own: answers
 
 def see(image: Path | bytes | Image.Image | None, size: int, pad: bool,
         upright: bool = False) -> Tensor:
@@ -188,8 +181,8 @@ def answer_all(model: VLM, tokenizer: Tokenizer, task: str, asked: list[Question
     many pictures that can't be read a process stops.
     """
     rank, size = distributed.where()
-    rows = [prompt([(q.text, None)], tokenizer, image=q.image is not None, strip=False)
-            for q in asked]
+    rows = [prompt([*q.before, (q.text, None)], tokenizer, image=q.image is not None,
+                   strip=q.strip, holder=q.holder) for q in asked]
     length = [len(row.ids) + model.picture_rows * (q.image is not None)
               for row, q in zip(rows, asked)]
     longest_first = sorted(range(len(asked)), key=lambda i: -length[i])    # it may not fit
@@ -205,7 +198,7 @@ def answer_all(model: VLM, tokenizer: Tokenizer, task: str, asked: list[Question
         for those in mine:
             seen = list(pool.map(lambda i: pixels_of(asked[i], how), those))
             texts = reply(model, tokenizer, [rows[i] for i in those], [x for x, _ in seen],
-                          TASKS[task].MAX_NEW_TOKENS, device)
+                          ASKED[task].MAX_NEW_TOKENS, device)
             for i, text, (_, why) in zip(those, texts, seen):
                 unread |= {asked[i].image} if why else set()
                 if i not in done:
@@ -219,7 +212,7 @@ def answer_all(model: VLM, tokenizer: Tokenizer, task: str, asked: list[Question
 
 
 # --------------------------------------------------------------------------------------------------
-# The benchmarks: results
+# The benchmarks, and an exam of one's own: results
 
 CONFIGS = "config.json", "params.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
@@ -244,53 +237,34 @@ def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict:
                 template=f"{SYSTEM} USER: <image>\\n{{prompt}} ASSISTANT:")
 
 
-def judge(task: str, path: Path, given: list[Answer], submission: Path | None) -> dict:
-    """The score of all answers there are, with its 95% interval. submission: where to, if it is
-    judged elsewhere."""
-    result = scoring.score(task, path, given, limited=True)
-    score, metrics = result["primary"], result["metrics"]
-    if score is not None:
-        interval = [score - metrics["margin"], score + metrics["margin"]]
-        return dict(score=score, interval=interval, metrics=metrics)
-    if submission is not None:
-        to = submission.with_suffix(TASKS[task].SUBMISSION)
-        print(f"{to}: {TASKS[task].submit(path, given, to)}", file=sys.stderr)
-    return dict(score=None, interval=None, metrics=metrics)
-
-
-def rehearse(task: str, path: Path, asked: list[Question], limit: int) -> None:
-    """Score answers that say nothing: what a scorer can't read shall not show hours later."""
-    blank = [Answer(str(q.id), "", q.prompt, f"{path}: question {q.id}") for q in asked]
-    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        judge(task, path, blank, None if limit else Path(folder, task + "-submission"))
-
-
 def finish(task: str, path: Path, rows: dict[int, dict], asked: list[Question], out: Path,
-           results: dict, seconds: float) -> bool:
-    """Write out/TASK.jsonl, score it, and set the score into out/results.json. Whether it has one
-    (or is judged elsewhere)."""
+           results: dict, seconds: float) -> dict:
+    """Write out/TASK.jsonl, score it, and set the score into out/results.json. Returns its entry
+    there: with "error" if it has none, and isn't judged elsewhere."""
     entry, error = dict(score=None, interval=None, metrics={}), kept.too_few(rows, asked)
     if not error:
         merged = kept.merge(out, task, rows)
         submission = None if results["limit"] else out / f"{task}-submission"
         try:
-            entry = judge(task, path, read_answers(merged), submission)
+            if task == own.NAME:
+                entry = own.entry(asked, [rows[i]["text"] for i in range(len(asked))])
+            else:
+                entry = scoring.entry(task, path, read_answers(merged), submission)
         except UserError as e:   # answers that the official files can't hold: the other tasks go on
             error = str(e)
     if error:
         print(f"error: {task} has no score: {error}", file=sys.stderr)
         entry["error"] = error
     entry |= dict(questions=len(asked), pictures=len(kept.pictures(asked)), annotations=path.name,
-                  prompt=TASKS[task].TEMPLATE, max_new_tokens=TASKS[task].MAX_NEW_TOKENS)
+                  prompt=ASKED[task].TEMPLATE, max_new_tokens=ASKED[task].MAX_NEW_TOKENS)
     if unread := len(rows) - len(kept.answered(rows)):
         entry["unread"] = unread
     seconds += results["seconds"].get(task, 0)                     # asked again, it was there
     for key, value in (("tasks", entry), ("seconds", round(seconds, 1))):
         values = results[key] | {task: value}
-        results[key] = {name: values[name] for name in TASKS if name in values}
+        results[key] = {name: values[name] for name in ASKED if name in values}
     write_json(out / "results.json", results)
-    print(f"{task}: {table1.figure(entry)}")
-    return not error
+    return entry
 
 
 def find(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[Path, list[Question]]]:
@@ -301,10 +275,11 @@ def find(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[Path, li
     for task in tasks:
         path = args.annotations or ask.annotations(task, args.data)
         try:
-            asked = ask.questions(task, args.data, path, args.limit)
+            how = dict(turns=args.turns) if task == own.NAME else {}
+            asked = ask.questions(task, args.data, path, args.limit, **how)
             notes += ask.look(asked, path, slice(rank, None, size))
-            if rank == 0:
-                rehearse(task, path, asked, args.limit)
+            if rank == 0 and task in TASKS:
+                scoring.rehearse(task, path, asked, args.limit)
             found[task] = path, asked
         except UserError as e:
             wrong[task] = str(e)
@@ -338,6 +313,9 @@ def evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
     with distributed.together():
         if rank == 0:
             fresh = settings(args, model.projector[0].weight.dtype) | dict(tasks={}, seconds={})
+            if own.NAME in found:
+                fresh |= dict(file=hash_of([args.annotations]), turns=args.turns,
+                              images=str(args.data.resolve()))
             results = kept.resume(out / "results.json", fresh)
             write_json(out / "results.json", results)   # from here on the answers are this model's
     results = distributed.gather(results)[0]
@@ -347,11 +325,30 @@ def evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
         rows = answer_all(model, tokenizer, task, asked, out, key, args, device)
         if rank == 0:
             seconds = time.monotonic() - began
-            if not finish(task, path, rows, asked, out, results, seconds):
-                unscored.append(task)
+            entry = finish(task, path, rows, asked, out, results, seconds)
+            unscored += [task] if "error" in entry else []
+            if task in TASKS:
+                print(f"{task}: {table1.figure(entry)}")
+            elif "error" not in entry:
+                own.show(entry["metrics"], args.json)
     distributed.leave()
     if unscored and rank == 0:
         raise UserError(f"without a score: {', '.join(unscored)}; see above")
+
+
+def own_exam(args: argparse.Namespace) -> None:
+    """--task FILE.json."""
+    if args.annotations:
+        raise UserError("--annotations is the official file of one benchmark; --task FILE.json "
+                        "holds the right answers itself")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.annotations = Path(args.task)
+    if not args.annotations.is_file():
+        raise UserError(f"{args.task}: no such file; --task FILE.json holds one's own records")
+    args.data, args.turns = args.images or args.annotations.parent, args.turns or "last"
+    args.out = args.out or Path("out/exam", Path(args.model).resolve().name, args.annotations.stem)
+    evaluate(args, [own.NAME])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,7 +400,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser(description=__doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", help=f"toy; or one or several of {','.join(TASKS)}; or all, which "
-                      "are these")
+                      "are these; or FILE.json, one's own records in LLaVA's format")
     what.add_argument("--score", choices=TASKS, metavar="TASK",
                       help="score answers: " + ", ".join(TASKS))
     what.add_argument("--table", nargs="+", type=Path, metavar="results.json",
@@ -418,6 +415,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     model_options(p.add_argument_group("the model"))
     benchmark_options(p.add_argument_group("benchmarks"))
+    own_options(p.add_argument_group("an exam of one's own (--task FILE.json)"))
     toy_options(p.add_argument_group("the toy world"))
     scoring.options(p)
     args = p.parse_args(argv)
@@ -444,7 +442,16 @@ def benchmark_options(g) -> None:
     g.add_argument("--upright", action="store_true", help="turn pictures as their orientation tags "
                    "say, which LLaVA doesn't")
     g.add_argument("--out", type=Path, metavar="DIR",
-                   help="for answers and results.json (default: out/eval/MODEL)")
+                   help="for answers and results.json (default: out/eval/MODEL; of an exam of "
+                   "one's own out/exam/MODEL/FILE)")
+
+
+def own_options(g) -> None:
+    g.add_argument("--images", type=Path, metavar="DIR", help="what the records' picture paths are "
+                   "relative to (default: the file's folder)")
+    g.add_argument("--turns", choices=own.TURNS, help="which human turns are asked: the last of "
+                   "each record (default), or all, in both cases with the right answers of the "
+                   "turns before as history")
 
 
 def toy_options(g) -> None:
@@ -462,6 +469,10 @@ def main(argv: list[str] | None = None) -> None:
         return scoring.command(args)
     if args.table:
         return table1.show(args.table)
+    if args.task and own.is_file(args.task, {*TASKS, "toy", "all"}):
+        return own_exam(args)
+    if args.images or args.turns:
+        raise UserError("--images and --turns belong to an exam of one's own: --task FILE.json")
     name = args.table2 if args.task is None else args.task
     tasks = list(TASKS if name == "all" else dict.fromkeys(name.split(",")))
     if not set(tasks) <= {*TASKS, "toy"} or ("toy" in tasks or args.table2) and len(tasks) > 1:

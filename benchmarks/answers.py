@@ -9,7 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.common import UserError, deep, read_json
@@ -26,7 +26,8 @@ class Question:
     bytes, or None.
 
     part, unit: --limit takes as many units of each part; what is scored together (the two questions
-    about a picture of MME, the rotations of one of MMBench) is one unit.
+    about a picture of MME, the rotations of one of MMBench) is one unit. before: earlier turns,
+    with their answers. strip: blanks around the question with the picture go, as in training.
     """
     id: str | int
     text: str
@@ -34,6 +35,10 @@ class Question:
     part: str = ""
     unit: str | int | None = None
     slot: str = ""             # what an answers file has in front of the text
+    before: tuple[tuple[str, str], ...] = ()
+    holder: int = 0            # which of the turns has the picture
+    strip: bool = False
+    more: dict = field(default_factory=dict)      # what else stands in its answer's line
 
     @property
     def prompt(self) -> str:

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import TASKS
+from benchmarks import ASKED, TASKS
 from benchmarks.answers import Question
 from core.common import UserError
 from core.pictures import survey
@@ -16,18 +16,19 @@ def annotations(task: str, data: Path) -> Path:
     return data / TASKS[task].FOLDER / TASKS[task].ANNOTATIONS
 
 
-def questions(task: str, data: Path, path: Path, limit: int = 0) -> list[Question]:
+def questions(task: str, data: Path, path: Path, limit: int = 0, **how) -> list[Question]:
     """All questions, or `limit` units of each part. UserError if the annotations or a picture are
     missing or wrong.
 
-    path: the annotations. data: the folder that holds the benchmarks, for the pictures.
+    path: the annotations. data: the folder that holds the benchmarks, for the pictures. how: for
+    the task's own `questions`.
     """
-    here = TASKS[task]
+    here = ASKED[task]
     folder = data / here.FOLDER
     if not path.exists():
         raise UserError(f"{path}: not there; {task} has its annotations here, and its pictures: "
                         f"{folder}/{here.PICTURES}; from {here.SOURCE}")
-    asked = list(here.questions(path, folder))
+    asked = list(here.questions(path, folder, **how))
     if not asked:
         raise UserError(f"{path}: holds no questions of {task}")
     if limit:

@@ -3,6 +3,7 @@ results.json. Nobody else is trusted to have left them as they were.
 
     {"question_id", "prompt", "text", "place", "check"}         place: which of the questions
     {..., "text": "", "place", "damaged": why, "check"}         its picture couldn't be read
+    {..., "place", "turn", "right", "kind", "check"}            of one's own exam (exam.py)
 
 "check" is a hash of the line and of all that the answer depends on (`key_of`), so a line that was
 changed, or is another model's, isn't taken for an answer. What is damaged is asked again.
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks import TASKS
+from benchmarks import ASKED, TASKS
 from benchmarks.answers import Question, expect, expect_rows, is_number, parse, warn
 from core.common import UserError, read_json, write_text
 from core.flags import shown
@@ -40,12 +41,13 @@ def using(path: Path, verb: str = "write") -> Iterator[None]:
 def key_of(results: dict, task: str) -> str:
     """What the answers to a task depend on, apart from the question. results: a results.json."""
     settings = {key: value for key, value in results.items() if key not in FOUND}
-    return json.dumps([task, TASKS[task].MAX_NEW_TOKENS, settings], sort_keys=True)
+    return json.dumps([task, ASKED[task].MAX_NEW_TOKENS, settings], sort_keys=True)
 
 
 def write(key: str, place: int, question: Question, text: str, damaged: str | None = None) -> str:
     """The line that is kept for an answer. damaged: why there is none."""
-    row = dict(question_id=question.id, prompt=question.prompt, text=text, place=place)
+    row = dict(question_id=question.id, prompt=question.prompt, text=text, place=place,
+               **question.more)
     if damaged is not None:
         row |= dict(text="", damaged=damaged)
     check = hashlib.sha256((key + json.dumps(row)).encode()).hexdigest()[:16]
@@ -65,8 +67,9 @@ def read(out: Path, task: str, asked: list[Question], key: str) -> dict[int, dic
                 continue
             row = parse(line)
             if wrong := fault(row, asked, key):
+                as_is = f" (--score {task} scores answers as they are)" if task in TASKS else ""
                 raise UserError(f"{file}: line {number} {wrong}; remove it, or choose another --out"
-                                f" (--score {task} scores answers as they are)")
+                                f"{as_is}")
             if row["place"] not in rows or "damaged" in rows[row["place"]]:
                 rows[row["place"]] = row
     return rows
@@ -153,7 +156,7 @@ def read_results(file: Path) -> dict:
     what = "a results.json of eval.py"
     content = read_json(file, dict, what)
     expect_rows([content], file, what, tasks=dict, model=str, weights=str, limit=int)
-    expect(content["tasks"].keys() <= TASKS.keys() and content["limit"] >= 0, file, what)
+    expect(content["tasks"].keys() <= ASKED.keys() and content["limit"] >= 0, file, what)
     for task, entry in content["tasks"].items():
         expect(is_entry(entry), file, f"{what}: no good score and interval of {task}")
     seconds = content.setdefault("seconds", {})
@@ -179,6 +182,10 @@ def resume(file: Path, fresh: dict) -> dict:
     if not file.exists():
         return fresh
     before = read_results(file)
+    for key in before:
+        if key not in fresh:
+            raise UserError(f"{file} is of an evaluation with {key} {shown(str(before[key]))}, "
+                            "which this one doesn't have; choose another --out")
     for key in fresh:
         if key not in before:
             raise UserError(f"{file} says nothing of {key}: an older version wrote it; choose "

@@ -3,12 +3,15 @@
 Numbers where the right answers are public, else a file to hand in. It needs no torch.
 """
 import argparse
+import io
 import json
 import sys
+import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from benchmarks import TASKS, mmvet
-from benchmarks.answers import Answer, read_answers
+from benchmarks.answers import Answer, Question, read_answers
 from core import flags
 from core.common import UserError
 
@@ -28,6 +31,27 @@ def score(task: str, annotations: Path, answers: list[Answer], grades: Path | No
     else:
         primary, metrics = TASKS[task].score(annotations, answers, limited)
     return dict(task=task, primary=primary, metrics=metrics)
+
+
+def entry(task: str, path: Path, given: list[Answer], submission: Path | None) -> dict:
+    """The score of all answers there are, with its 95% interval, as results.json has it.
+    submission: where to, if it is judged elsewhere."""
+    result = score(task, path, given, limited=True)
+    found, metrics = result["primary"], result["metrics"]
+    if found is not None:
+        interval = [found - metrics["margin"], found + metrics["margin"]]
+        return dict(score=found, interval=interval, metrics=metrics)
+    if submission is not None:
+        to = submission.with_suffix(TASKS[task].SUBMISSION)
+        print(f"{to}: {TASKS[task].submit(path, given, to)}", file=sys.stderr)
+    return dict(score=None, interval=None, metrics=metrics)
+
+
+def rehearse(task: str, path: Path, asked: list[Question], limit: int) -> None:
+    """Score answers that say nothing: what a scorer can't read shall not show hours later."""
+    blank = [Answer(str(q.id), "", q.prompt, f"{path}: question {q.id}") for q in asked]
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        entry(task, path, blank, None if limit else Path(folder, task + "-submission"))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from toy.questions import QUESTIONS, Turn, ask
+from toy.questions import QUESTIONS, Turn, ask, caption
 from toy.world import Scene, make_scene
 
 
@@ -104,3 +104,12 @@ def show_scores(result: dict, grey: dict | None = None) -> None:
     print(" " * 13 + "".join(f"{text:>13}" for text in columns))
     for name in sorted(confusion):
         print(f"{name:13}" + "".join(f"{confusion[name][text] or '.':>13}" for text in columns))
+
+
+def show_wrong(items: list[Item], texts: list[str], most: int) -> None:
+    """Print the first wrong answers with their scenes."""
+    wrong = [(item, text) for item, text in zip(items, texts) if text != item.turns[-1].answer]
+    for item, text in wrong[:most]:
+        asked = " / ".join(turn.question for turn in item.turns)
+        print(f"{item.scene.key} {item.kind}: {asked} said {text!r}, right "
+              f"{item.turns[-1].answer!r} [{caption(item.scene)}]")
