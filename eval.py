@@ -38,6 +38,8 @@ from benchmarks import ASKED, TASKS, mmmu
 from benchmarks import exam as own
 from benchmarks import score as scoring
 from benchmarks.answers import Question, read_answers
+from benchmarks.reply import reply
+from benchmarks.reply import reply_ids as reply_ids
 from core import flags
 from core.common import UserError, clear_tmp, lock, make_folder, split, write_json
 from core.flags import whole
@@ -59,7 +61,7 @@ from core.device import pick_device, pick_dtype
 from core.pictures import remarks
 from core.tokenizer import Tokenizer
 from core.weights import stored_bytes, stored_files
-from data import SYSTEM, Sample, item, make_batch, prompt
+from data import SYSTEM, item, make_batch, prompt
 from toy import exam
 from toy import world as toy
 
@@ -76,27 +78,6 @@ def load_model(folder: str | Path, device: torch.device | str = "auto", dtype: s
     model = VLM.from_pretrained(folder, dtype=dtype, device=device, vision=vision).eval()
     fast.prepare(model, pack=pack, int8=int8)
     return model, Tokenizer.from_pretrained(folder), device
-
-
-def reply(model: VLM, tokenizer: Tokenizer, rows: list[Sample], pixels: list[Tensor],
-          max_new_tokens: int, device: torch.device | str) -> list[str]:
-    """Greedy answers to a batch of `prompt`s, each with its picture (3, size, size)."""
-    answers = reply_ids(model, tokenizer, rows, pixels, max_new_tokens, device)
-    return [tokenizer.decode(ids).strip() for ids in answers]
-
-
-def reply_ids(model: VLM, tokenizer: Tokenizer, rows: list[Sample], pixels: list[Tensor],
-              max_new_tokens: int, device: torch.device | str) -> list[list[int]]:
-    """`reply`'s answers as ids, without their ends."""
-    items = [item(row, picture) for row, picture in zip(rows, pixels)]
-    batch = make_batch(items, model.query, device=device)
-    steps = list(model.generate(**batch, max_new_tokens=max_new_tokens,
-                                eos_ids=tokenizer.eos_ids))                # T' x (B)
-    answers = []
-    for ids in torch.stack(steps, 1).tolist() if steps else [[]] * len(rows):
-        end = next((t for t, token in enumerate(ids) if token in tokenizer.eos_ids), len(ids))
-        answers.append(ids[:end])
-    return answers
 
 
 # --------------------------------------------------------------------------------------------------

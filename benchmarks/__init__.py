@@ -19,7 +19,8 @@ A benchmark's file holds
     SUBMISSION, submit(path, answers, to)   of three: write what is judged elsewhere; what to do
 
 path: the annotations. limited: only a part of the questions was asked, so that the others don't
-count. To add a benchmark, write its file and name it below. Nothing here needs torch but table2.py.
+count. To add a benchmark, write its file and name it below. Nothing here needs torch but
+reply.py and table2.py.
 """
 from benchmarks import (
     exam,
