@@ -9,8 +9,10 @@ from core.common import UserError, read_json
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 # What is no model, by a file in it
 HELD = {
-    "adapter_config.json": "holds an adapter (LoRA), not a model; merge it into its base model "
-                           "(peft: merge_and_unload, then save_pretrained) and give that folder",
+    "adapter_config.json": "holds an adapter (LoRA), not a model; give its base model as --model "
+                           "and this as --adapter, or merge them (python -m training.merge)",
+    "nanoccra.json": "holds an adapter, not a model; give its base model as --model and this as "
+                     "--adapter, or merge them (python -m training.merge)",
     "*.gguf": "holds a GGUF file, which llama.cpp reads; get the model's safetensors",
     "tf_model.h5": "holds TensorFlow's weights; get the model's safetensors",
     "flax_model.msgpack": "holds Flax's weights; get the model's safetensors"}

@@ -19,6 +19,7 @@ that clip.py and llama.py read (`Folder.parts`); the name of each tensor becomes
 modules (`Folder.rename`), so that `weights.load` can do the rest, which is strict. What a config
 says and this project doesn't implement is a UserError.
 """
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import NoneType
 
@@ -100,6 +101,26 @@ def llava_hf_name(name: str) -> str:
     return table[prefix] + (tower_name(rest) if prefix == "vision." else rest)
 
 
+def own_name(layout: str, public: str) -> str | None:
+    """A tensor's public name in a layout -> its name in a module that holds all the parts, such as
+    "llm.norm.weight"; None for a name that this layout doesn't have."""
+    table = NAMES[layout]
+    fitting = [prefix for prefix in table if public.startswith(prefix)]
+    if not fitting:
+        return None
+    prefix = max(fitting, key=len)
+    name = table[prefix] + public[len(prefix):]
+    part, _, rest = name.partition(".")
+    if part in ("vision", "text") and layout != "nanoccra":
+        for theirs, ours in TOWER.items():
+            if rest.startswith(theirs):
+                return f"{part}.{ours}{rest.removeprefix(theirs)}"
+    if layout == "meta":
+        for theirs, ours in META.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
 class Folder:
     """A model's folder, opened.
 
@@ -164,23 +185,15 @@ class Folder:
         return self.parts[name]
 
     def rename(self, public: str) -> str | None:
-        """A tensor's public name -> its name in a module that holds all the parts, such as
-        "llm.norm.weight"."""
-        table = NAMES[self.layout]
-        fitting = [prefix for prefix in table if public.startswith(prefix)]
-        if not fitting:
-            return None
-        prefix = max(fitting, key=len)
-        name = table[prefix] + public[len(prefix):]
-        part, _, rest = name.partition(".")
-        if part in ("vision", "text") and self.layout != "nanoccra":
-            for theirs, ours in TOWER.items():
-                if rest.startswith(theirs):
-                    return f"{part}.{ours}{rest.removeprefix(theirs)}"
-        if self.layout == "meta":
-            for theirs, ours in META.items():
-                name = name.replace(f".{theirs}.", f".{ours}.")
-        return name
+        """`own_name` of this folder's layout."""
+        return own_name(self.layout, public)
+
+    def needed(self) -> dict[str, str]:
+        """Own name -> public name of all tensors that a module of all the parts is made of."""
+        spare = (*BUFFERS, *self._spare_head())
+        named = {self.rename(public): public for public in self.tensors
+                 if not any(fnmatchcase(public, pattern) for pattern in spare)}
+        return {own: public for own, public in named.items() if own is not None}
 
     def holds(self, part: str) -> bool:
         """Whether any tensor belongs to this part."""

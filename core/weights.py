@@ -210,6 +210,14 @@ class Tensors(Mapping):
             drop_pages(self[name])
 
 
+class OneFile(Tensors):
+    """The tensors of one safetensors file, whatever it is called. UserError if it isn't one."""
+
+    def __init__(self, path: Path):
+        self.dir, self.handles, self.files = path, {}, {}
+        self._open(path)
+
+
 def stored_files(dir: str | Path) -> list[Path]:
     """The files of the folder's weights: those that would be loaded."""
     for kind in ("safetensors", "bin", "pth"):
@@ -316,16 +324,21 @@ def _plan(module: nn.Module, owners: dict[str, tuple[list[str], Tensor]], tensor
             unlike.append(f"{public} in {where} is {dtype}")
     missing = [first for first, (_, tensor) in owners.items()
                if first not in plan and tensor.is_meta]
-    faults = []
-    for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen),
-                        ("of a number format that isn't implemented", unlike)):
+    faults = listed(missing=missing, unknown=unknown, misshapen=misshapen, unlike=unlike)
+    if faults:
+        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: {faults}")
+    return plan
+
+
+def listed(**faults: list[str]) -> str:
+    """What is wrong with which tensors, in words; "" if nothing is."""
+    said = []
+    for what, names in faults.items():
         if names:
             more = ", ..." if len(names) > 3 else ""
-            faults.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
-    if faults:
-        raise UserError(f"{tensors.dir}: these weights don't fit {type(module).__name__}: "
-                        + "; ".join(faults))
-    return plan
+            what = what.replace("unlike", "of a number format that isn't implemented")
+            said.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
+    return "; ".join(said)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -32,7 +32,7 @@ class LoRALinear(nn.Linear):
         how = dict(dtype=torch.float32, device=base.weight.device)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **how))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **how))
-        self.scale = alpha / r
+        self.alpha, self.scale = alpha, alpha / r
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @property
