@@ -224,7 +224,8 @@ def cost(run: Run, batches: list[dict[str, Tensor]]) -> float:
         pictures = (batch["ids"] == data.IMAGE_TOKEN).sum(1)                                 # (B,)
         lengths += (batch["mask"].sum(1) + (run.vlm.picture_rows - 1) * pictures).tolist()
         supervised += int((batch["labels"] != data.IGNORE).sum())
-    return plan.flops(run.vlm, lengths, supervised, run.args.train_vision, run.args.stage == 2)
+    return plan.flops(run.vlm, lengths, supervised, run.args.train_vision,
+                      plan.trains_llm(run.args))
 
 
 def gradient_norm(trained: dict[str, nn.Parameter]) -> float:
@@ -334,9 +335,12 @@ def save(run: Run, checkpoints: Checkpoints, log: Log | None, step: int) -> None
 def sketch(args: argparse.Namespace) -> VLM:
     """The model of --plan as it is trained, without numbers."""
     model = setup.sketch(args)
+    dtype = plan.product_dtype(args)
     freeze(model, args.stage, args.mode, args.train_vision, args.train)
-    narrow = setup.frozen_llm(args, model, torch.bfloat16)
-    save_precision(trained_of(model), model, torch.bfloat16, narrow)
+    if not plan.trains_llm(args):
+        model.llm.bfloat16()                        # as public ones are stored
+    narrow = setup.frozen_llm(args, model, dtype)
+    save_precision(trained_of(model), model, dtype, narrow)
     if args.recompute:
         recompute(model)
     return model

@@ -71,8 +71,8 @@ def arguments(argv: list[str] | None = None, about: str | None = None) -> argpar
 
 
 def general(p) -> None:
-    p.add_argument("--stage", type=int, choices=(1, 2), required=True,
-                   help="1: captions; 2: instruction tuning")
+    p.add_argument("--stage", type=int, choices=(1, 2), help="1: captions; 2: instruction tuning "
+                   "(default: 2 where --model is given)")
     p.add_argument("--world", choices=("toy", "llava"), help="what to train on (default: llava "
                    "under torchrun or with --json, else toy)")
     p.add_argument("--out", help="for checkpoints, log.csv, the model (default: out/WORLD/stageN)")
@@ -182,7 +182,7 @@ def about_running(g) -> None:
 def about_planning(g) -> None:
     g.add_argument("--plan", action="store_true", help="print what training will take, and end")
     g.add_argument("--gpus", type=whole(1, 512), default=8, help="how many")
-    g.add_argument("--gpu", choices=sorted(plan.GPUS), default="a100-80", help="which")
+    g.add_argument("--gpu", choices=plan.GPUS, default="a100-80", help="which")
     g.add_argument("--mfu", type=flags.real(0.001, 1), default=0.4, help="share of the GPU's peak "
                    "that is reached (docs/gpu.md: 38 to 43%%)")
 
@@ -192,6 +192,10 @@ def about_planning(g) -> None:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The same arguments with every default filled in. UserError for what doesn't go together."""
+    if args.stage is None and not args.model:
+        raise UserError("say which: --stage 1 (captions; makes a model of two towers), or "
+                        "--stage 2 (instruction tuning; goes on with one)")
+    args.stage = args.stage or 2
     choose_data(args)
     choose_model(args)
     choose_trained(args)
@@ -289,7 +293,8 @@ def choose_processes(args) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.parallel is None:
         together = "ddp" if args.stage == 1 else "fsdp"
-        args.parallel = "none" if processes == 1 and not args.plan else together
+        alone = args.gpus == 1 if args.plan else processes == 1
+        args.parallel = "none" if alone else together
     if args.parallel == "none" and processes > 1:
         raise UserError(f"--parallel none doesn't go with {processes} processes")
     if args.parallel != "none" and "WORLD_SIZE" not in os.environ and not args.plan:

@@ -22,13 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ccra import VLM
 from core.common import UserError
+from core.records import read_records
 from llama import LOSS_ROWS
 from training import sharding
 from training.prepared import read_report
 
 # Dense bfloat16 FLOP/s by NVIDIA's data sheets (without sparsity), and GiB of memory
-GPUS = {"a100-40": (312e12, 40), "a100-80": (312e12, 80), "h100": (989e12, 80),
-        "h200": (989e12, 141), "l40s": (362e12, 48), "rtx4090": (165e12, 24)}
+GPUS = {"rtx-3090": (71e12, 24), "rtx-4090": (165e12, 24), "a100-40": (312e12, 40),
+        "a6000": (155e12, 48), "l40s": (362e12, 48), "a100-80": (312e12, 80),
+        "h100": (989e12, 80), "h200": (989e12, 141)}
 TOKENS = 1 << 22               # at a time: more is beyond all of them
 SAMPLES = {1: 558128, 2: 665298}                    # LLaVA's, of the two stages
 
@@ -36,7 +38,9 @@ SAMPLES = {1: 558128, 2: 665298}                    # LLaVA's, of the two stages
 def peak_flops(name: str) -> float | None:
     """FLOP/s of a device as torch.cuda.get_device_name tells it, or None where it isn't known."""
     name = name.lower().replace(" ", "")
-    return next((flops for gpu, (flops, _) in GPUS.items() if gpu.split("-")[0] in name), None)
+    marks = {gpu.removesuffix("-40").removesuffix("-80").replace("-", ""): flops
+             for gpu, (flops, _) in GPUS.items()}
+    return next((flops for mark, flops in marks.items() if mark in name), None)
 
 
 def flops(model: VLM, lengths: list[int], supervised: int, vision_trained: bool = False,
@@ -82,14 +86,16 @@ def report(args: argparse.Namespace, model: VLM) -> str:
     peak, room = GPUS[args.gpu]
     steps, samples = epoch(args)
     work = flops(model, [args.max_length] * args.batch, args.batch * args.max_length // 4,
-                 args.train_vision, args.stage == 2)
-    lines = [f"stage {args.stage}: {numbers(model):,} parameters, {samples:,} samples in "
-             f"{steps:,} steps of {args.batch}, all rows taken as {args.max_length} tokens long "
-             "(real ones are shorter)",
+                 args.train_vision, trains_llm(args))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [f"stage {args.stage}: {numbers(model):,} parameters, {trained:,} of them trained; "
+             f"{samples:,} samples in {steps:,} steps of {args.batch}, all rows taken as "
+             f"{args.max_length} tokens long (real ones are shorter)",
              f"{work / 1e15:.1f} PFLOP a step; with {args.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s "
              f"({args.gpu}):"]
     lines += hours(args, steps * work / (peak * args.mfu) / 3600)
     memory = measure(model, args, micro)
+    most = "" if args.parallel == "fsdp" else largest(model, args, memory["total"], micro)
     how = f"--parallel {args.parallel}" + f", --shard {args.shard}" * (args.parallel == "fsdp")
     lines.append(f"peak memory of one of {args.gpus} cards, which have {room} GiB ({how}, {micro} "
                  f"rows at a time, {'' if args.recompute else 'not '}recomputed):")
@@ -97,12 +103,33 @@ def report(args: argparse.Namespace, model: VLM) -> str:
     if memory["total"] / 2 ** 30 > 0.95 * room:
         lines.append("  which doesn't fit: more cards, a smaller --micro, --recompute, or "
                      "--parallel fsdp --shard full")
-    return "\n".join(lines)
+    return "\n".join([*lines, most] if most else lines)
+
+
+def trains_llm(args: argparse.Namespace) -> bool:
+    """Whether the language model's own weights are trained."""
+    return args.stage == 2 and (not args.train or "llm" in args.train)
+
+
+def largest(model: VLM, args: argparse.Namespace, total: int, micro: int) -> str:
+    """How many rows at a time fit, in a line: by what one row takes more than none, then measured.
+    total: the peak with `micro` rows."""
+    room = 0.95 * GPUS[args.gpu][1] * 2 ** 30
+    other = 1 if micro > 1 else 2
+    row = (measure(model, args, other)["total"] - total) / (other - micro)     # bytes
+    fits = min(int(micro + (room - total) / row), args.batch, TOKENS // args.max_length)
+    while fits > 0 and measure(model, args, fits)["total"] > room:
+        fits -= 1
+    if fits < 1:
+        return f"not even one row at a time fits on a {args.gpu}"
+    return f"the largest --micro that fits on a {args.gpu}: {fits} ({row / 2 ** 30:.2f} GiB a row)"
 
 
 def epoch(args: argparse.Namespace) -> tuple[int, int]:
     """(steps, samples): of the prepared data if they are there, else of LLaVA's."""
     samples = SAMPLES[args.stage]
+    if args.json and Path(args.json).is_file():
+        samples = len(read_records(Path(args.json))[0])
     if args.data and Path(args.data, "report.json").is_file():
         samples = read_report(args.data)["kept"]
     return args.steps or math.ceil(samples / args.batch), samples
@@ -182,7 +209,7 @@ def unsliced(model: VLM, args: argparse.Namespace, micro: int) -> dict[str, int]
             kinds = {"frozen": frozen, "trained": live.see(*trained)}
             pixels, ids = rows(model, args, micro)
             for step in range(2):
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with sharding.products_in(product_dtype(args), torch.device("cpu")):
                     loss = whole_step(model, pixels, ids)
                 loss.backward()
                 del loss
@@ -224,10 +251,15 @@ class Live(TorchDispatchMode):
         return out
 
 
+def product_dtype(args: argparse.Namespace) -> torch.dtype:
+    """What a GPU multiplies in, unless --dtype says otherwise."""
+    return torch.float32 if args.dtype == "float32" else torch.bfloat16
+
+
 def rows(model: VLM, args: argparse.Namespace, micro: int) -> tuple[Tensor, Tensor]:
     """(pixels, ids) of `micro` rows that are args.max_length long with the picture."""
     size = model.vision.config.image_size
-    pixels = torch.empty(micro, 3, size, size, dtype=torch.bfloat16)
+    pixels = torch.empty(micro, 3, size, size, dtype=product_dtype(args))
     return pixels, torch.zeros(micro, args.max_length - model.picture_rows, dtype=torch.long)
 
 
