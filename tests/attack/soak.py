@@ -220,15 +220,19 @@ def finish(name: str, program: list[str], size: int, out: Path, tally: Tally) ->
 # --------------------------------------------------------------------------------------------------
 # What is soaked
 
-def training(place: Path, minutes: float, rng: random.Random, tally: Tally) -> None:
-    """Stage 2 of the bundled model on the example's records; a checkpoint every five steps."""
+def training(place: Path, minutes: float, rng: random.Random, tally: Tally,
+             ways: list[str]) -> None:
+    """Stage 2 of the bundled model on the example's records; a checkpoint every five steps. ways:
+    of --parallel, which share the time."""
     common = ["train.py", "--stage", "2", "--model", str(MODEL), "--batch", "8", "--micro", "4",
               "--json", str(EXAMPLE / "stage2.json"), "--images", str(EXAMPLE), "--steps", "20000",
               "--save-every", "5", "--workers", "1", "--threads", "1", "--device", "cpu"]
-    for how, size in (("none", 1), ("ddp", 2), ("fsdp", 2)):
+    for how in ways:
+        size = 1 if how == "none" else 2
         name, out, twin = f"training {how}", place / how, place / f"{how}-twin"
         program = [*common, "--parallel", how]
-        soak(name, [*program, "--out", str(out)], [size], out, minutes / 3, rng, tally)
+        soak(name, [*program, "--out", str(out)], [size], out, minutes / len(ways), rng,
+             tally)
         steps = [int(p.name[5:]) for p in out.glob("checkpoints/step-????????")]
         last = ["--stop-after", str(max(steps, default=0) + 5)]
         print(f"{name}: {last[1]} steps", flush=True)
@@ -282,14 +286,21 @@ def main() -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=60.0, help="of trouble; the twins come besides")
     p.add_argument("--what", choices=("training", "evaluation"), default="training")
+    p.add_argument("--parallel", nargs="+", choices=("none", "ddp", "fsdp"), metavar="HOW",
+                   default=["none", "ddp", "fsdp"], help="of a training; default: all three in turn")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--place", type=Path, help="a folder for all of it, kept")
     args = p.parse_args()
     place = (args.place or Path(tempfile.mkdtemp())).absolute()
     place.mkdir(parents=True, exist_ok=True)
     tally, before = Tally(), shared_memory()
-    what = training if args.what == "training" else evaluation
-    what(place, args.minutes, random.Random(args.seed), tally)
+    # in the background a shell has it ignored, and what is started here would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rng = random.Random(args.seed)
+    if args.what == "training":
+        training(place, args.minutes, rng, tally, args.parallel)
+    else:
+        evaluation(place, args.minutes, rng, tally)
     if shared_memory() != before:
         tally.fault(f"/dev/shm: {before} before, {shared_memory()} now")
     tally.report()
