@@ -287,7 +287,7 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=60.0, help="of trouble; the twins come besides")
     p.add_argument("--what", choices=("training", "evaluation"), default="training")
     p.add_argument("--parallel", nargs="+", choices=("none", "ddp", "fsdp"), metavar="HOW",
-                   default=["none", "ddp", "fsdp"], help="of a training; default: all three in turn")
+                   default=["none", "ddp", "fsdp"], help="of a training (default: all three)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--place", type=Path, help="a folder for all of it, kept")
     args = p.parse_args()
