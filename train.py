@@ -41,7 +41,7 @@ from core.common import UserError, split, write_json
 from core.device import autocast_dtype
 from core.distributed import say, together, total, where
 from core.tokenizer import Tokenizer
-from training import asking, before, plan, setup, sharding
+from training import adapters, asking, before, plan, setup, sharding
 from training.checkpoints import Checkpoints
 from training.log import Log, describe
 from training.options import arguments, check_places
@@ -412,6 +412,27 @@ def write_model(run: Run) -> None:
             write_json(args.out / "train.json", {**run.course, "model": setup.choices(model)})
 
 
+def write_adapter(run: Run) -> None:
+    """What was learnt beside a base that stays as it is, as a folder for --adapter, and train.json.
+
+    All processes call it; the first one writes (training/adapters.py).
+    """
+    args, model = run.args, run.vlm
+    first = where()[0] == 0
+    with together():
+        base = adapters.identity(args.model, args.vision, run.course["basis"]) if first else None
+    base = distributed.gather(base)[0]
+    parameters, tensors = dict(model.named_parameters()), {}
+    for name in adapters.held_names(model, run.trained, base):
+        tensor = sharding.whole(parameters[name])
+        if first:
+            tensors[name] = tensor.to("cpu", torch.float32)
+    with together():
+        if first:
+            adapters.save(model, args.out, base, tensors, run.trained)
+            write_json(args.out / "train.json", {**run.course, "model": setup.choices(model)})
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv, __doc__)
     if args.plan:
@@ -429,7 +450,12 @@ def main(argv: list[str] | None = None) -> None:
     say(describe(run, start))
     if line := setup.inherited(args, model):
         say(line)
-    if loop(run, start):
+    ended = loop(run, start)
+    if ended and args.adapter:
+        write_adapter(run)
+        say(f"adapter written to {args.out}; ask it: python sample.py --model {args.model} "
+            f"--adapter {args.out}")
+    elif ended:
         write_model(run)
         say(f"model written to {args.out}")
     else:

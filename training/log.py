@@ -11,6 +11,7 @@ from core.common import UserError, write_text
 from core.distributed import where
 from training import curve, plan
 from training.options import PAPER_STEPS
+from training.val import in_words
 
 try:
     import resource
@@ -18,7 +19,8 @@ except ImportError:                 # Windows
     resource = None
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "data_wait",
-           "peak_gib")
+           "peak_gib", "val_loss", "val_right")
+MEASURED = COLUMNS[-2:]             # on held-out records, where it is their turn; else empty
 
 
 def describe(run, start: int) -> str:
@@ -27,8 +29,9 @@ def describe(run, start: int) -> str:
     args, size = run.args, where()[1]
     trained = sum(p.numel() for p in run.trained.values())
     count = sum(p.numel() for p in run.vlm.parameters())
+    what = f" ({', '.join(args.train)}{f', LoRA {args.lora}' * bool(args.lora)})" * bool(args.train)
     line = (f"stage {args.stage} on {run.device} in {run.dtype}: {trained:,} of {count:,} "
-            f"parameters trained, {run.course['samples']:,} samples, {run.course['steps']:,} "
+            f"parameters trained{what}, {run.course['samples']:,} samples, {run.course['steps']:,} "
             f"steps of {args.batch}")
     how = [f"{size} processes, {args.parallel}"] if size > 1 else []
     share = math.ceil(args.batch / size)
@@ -64,14 +67,15 @@ class Log:
 
     def before(self) -> list[str]:
         """The rows to go on behind. What an interrupted run logged after its last checkpoint is
-        done again."""
+        done again. Rows of before there was MEASURED get it, empty."""
         if not self.start or not self.path.exists():
             return []
         lines = self.path.read_text(errors="replace").splitlines()
         rows = [line.split(",") for line in lines]
-        return [line for line, (number, *rest) in zip(lines, rows)
-                if len(rest) == len(COLUMNS) - 1 and number.isdecimal()
-                and int(number) <= self.start]
+        old = len(COLUMNS) - len(MEASURED)
+        rows = [row + [""] * len(MEASURED) if len(row) == old else row for row in rows]
+        return [",".join(row) for row in rows
+                if len(row) == len(COLUMNS) and row[0].isdecimal() and int(row[0]) <= self.start]
 
     def check(self) -> None:
         """UserError unless all rows are in the file: a checkpoint shall not be ahead of it."""
@@ -91,10 +95,11 @@ class Log:
             print(f"warning: {e}; the training goes on without this picture", file=sys.stderr)
 
     def row(self, step: int, loss: float, lr: float, norm: float, tokens: float, samples: int,
-            seconds: float, waited: float, work: float, device: torch.device) -> None:
+            seconds: float, waited: float, work: float, device: torch.device,
+            val: dict | None = None) -> None:
         """norm: of the gradient; tokens, samples: of the whole batch; seconds: that the step took,
         waited: those that it waited for data. work: FLOPs of one process; MFU is its share of the
-        device's peak, where that is known."""
+        device's peak, where that is known. val: what `val.Held.measure` found, if it did."""
         peak = peak_flops(device)
         mfu = f"{100 * work / seconds / peak:.1f}" if peak else "-"
         wait = f"{100 * waited / seconds:.1f}"
@@ -105,8 +110,12 @@ class Log:
               f"lr {lr:.2e} norm {norm:.2f} {tokens / seconds:,.0f} tokens/s "
               f"{samples / seconds:.1f} samples/s mfu {mfu}% data {wait}% peak {memory} GiB "
               f"eta {left:.1f} min", flush=True)
+        measured = ["", ""]
+        if val:
+            print(f"val: {in_words(val)}", flush=True)
+            measured = ["" if val[key] is None else f"{val[key]:.6f}" for key in MEASURED]
         values = (step, f"{loss:.6f}", f"{lr:.4e}", f"{norm:.4f}", f"{tokens / seconds:.0f}",
-                  f"{samples / seconds:.2f}", mfu, wait, memory)
+                  f"{samples / seconds:.2f}", mfu, wait, memory, *measured)
         line = (",".join(map(str, values)) + "\n").encode()
         try:
             if self.file.write(line) < len(line):
@@ -114,7 +123,8 @@ class Log:
         except OSError as e:
             self.fault = self.fault or e.strerror or str(e)
         if self.wandb:
-            known = {k: float(v) for k, v in zip(COLUMNS[1:], values[1:]) if v != "-"}
+            known = {k: float(v) for k, v in zip(COLUMNS[1:], values[1:])
+                     if v not in ("-", "")}
             self.wandb.log(known, step=step)
 
 

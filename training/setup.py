@@ -26,7 +26,7 @@ from fusers import kept
 from fusers.llava import LLaVA
 from llama import Llama, LlamaConfig
 from toy.dataset import ToyScenes
-from training import lora
+from training import adapters, lora
 from training.digests import digest, digests
 from training.options import TOY_STEPS
 from training.prepared import Prepared, tokenizer_id
@@ -210,7 +210,7 @@ def claim(folder: Path) -> Lock | None:
             return None
         held = lock(folder)
         clear_tmp(folder, "log.csv", "loss.png", "model*.safetensors", "model*.json", "config.json",
-                  "train.json", "tokenizer*")
+                  "train.json", "tokenizer*", *adapters.FILES)
     return held
 
 
