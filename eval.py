@@ -64,18 +64,20 @@ from core.weights import stored_bytes, stored_files
 from data import SYSTEM, item, make_batch, prompt
 from toy import exam
 from toy import world as toy
+from training import adapters
 
 
 def load_model(folder: str | Path, device: torch.device | str = "auto", dtype: str = "auto",
-               vision: str | Path | None = None, int8: bool = False,
-               pack: bool = False) -> tuple[VLM, Tokenizer, torch.device]:
+               vision: str | Path | None = None, int8: bool = False, pack: bool = False,
+               adapter: str | Path | None = None) -> tuple[VLM, Tokenizer, torch.device]:
     """(model, tokenizer, device) to ask questions with, from a model's folder.
 
     vision: the CLIP folder for a model that has no vision tower. int8, pack: see fast.prepare.
+    adapter: the folder of what was learnt beside this model (training/adapters.py).
     """
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device, stored_bytes(folder))
-    model = VLM.from_pretrained(folder, dtype=dtype, device=device, vision=vision).eval()
+    model = adapters.load(folder, adapter, vision, dtype, device).eval()
     fast.prepare(model, pack=pack, int8=int8)
     return model, Tokenizer.from_pretrained(folder), device
 
@@ -212,9 +214,11 @@ def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict:
     folders = [Path(folder) for folder in (args.model, args.vision) if folder]
     beside = [folder / name for folder in folders for name in CONFIGS if (folder / name).exists()]
     weights = [file for folder in folders for file in stored_files(folder)]
-    return dict(model=str(args.model), weights=hash_of(weights), config=hash_of(beside),
-                dtype=str(dtype).removeprefix("torch."), quant=args.quant, batch=args.batch,
-                limit=args.limit, upright=args.upright, decoding="greedy", seed=mmmu.SEED,
+    learnt = {"adapter": hash_of(adapters.files(args.adapter))} if args.adapter else {}
+    return dict(model=str(args.adapter or args.model), weights=hash_of(weights), **learnt,
+                config=hash_of(beside), dtype=str(dtype).removeprefix("torch."),
+                quant=args.quant, batch=args.batch, limit=args.limit, upright=args.upright,
+                decoding="greedy", seed=mmmu.SEED,
                 template=f"{SYSTEM} USER: <image>\\n{{prompt}} ASSISTANT:")
 
 
@@ -286,7 +290,7 @@ def evaluate(args: argparse.Namespace, tasks: list[str]) -> None:
     rank, _, device = distributed.join(args.device, args.threads)
     found, results = find(args, tasks), {}
     with distributed.together():
-        out = make_folder(args.out or Path("out/eval") / Path(args.model).resolve().name)
+        out = make_folder(args.out or Path("out/eval", args.name))
         if rank == 0:
             held = lock(out, "evaluation")  # noqa: F841 (for as long as this runs)
             clear_tmp(out, "*.json", "*.jsonl")                       # what a kill left
@@ -328,7 +332,7 @@ def own_exam(args: argparse.Namespace) -> None:
     if not args.annotations.is_file():
         raise UserError(f"{args.task}: no such file; --task FILE.json holds one's own records")
     args.data, args.turns = args.images or args.annotations.parent, args.turns or "last"
-    args.out = args.out or Path("out/exam", Path(args.model).resolve().name, args.annotations.stem)
+    args.out = args.out or Path("out/exam", args.name, args.annotations.stem)
     evaluate(args, [own.NAME])
 
 
@@ -374,7 +378,7 @@ def show_table2(args: argparse.Namespace, task: str) -> None:
 def load_as_told(args: argparse.Namespace,
                  device: torch.device | None = None) -> tuple[VLM, Tokenizer, torch.device]:
     return load_model(args.model, device or args.device, args.dtype, args.vision,
-                      int8=args.quant == "int8")
+                      int8=args.quant == "int8", adapter=args.adapter)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -400,6 +404,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     toy_options(p.add_argument_group("the toy world"))
     scoring.options(p)
     args = p.parse_args(argv)
+    args.name = Path(args.adapter or args.model).resolve().name
     args.batch = args.batch or (100 if args.task == "toy" else 16)
     return args
 
@@ -408,6 +413,7 @@ def model_options(g) -> None:
     g.add_argument("--model", default=toy.MODEL, help="a model folder (default: the toy world's)")
     g.add_argument("--vision",
                    help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
+    adapters.option(g)
     g.add_argument("--dtype", default="auto",
                    help="float32, bfloat16, float16; auto: as in sample.py")
     g.add_argument("--device", default="auto")

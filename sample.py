@@ -62,6 +62,7 @@ from core.tokenizer import IMAGE_TOKEN
 from data import Sample, item, make_batch, prompt
 from eval import load_model, reply_ids
 from toy import world as toy
+from training import adapters
 from viz import explorer, figures, maps
 
 try:
@@ -86,13 +87,14 @@ class Asker:
     sights: what it looked at for each answer, where that is to be drawn.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: str | Path):
-        """args: those of the program; folder: the model's."""
+    def __init__(self, args: argparse.Namespace, folder: str | Path, adapter: str | None = None):
+        """args: those of the program; folder: the model's; adapter: of what was learnt beside it.
+        """
         vision = args.vision if folder == args.model else None
         self.model, self.tokenizer, self.device = load_model(
-            folder, args.device, args.dtype, vision, int8=args.quant == "int8", pack=args.pack)
+            folder, args.device, args.dtype, vision, args.quant == "int8", args.pack, adapter)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.args, self.name = args, Path(folder).name
+        self.args, self.name = args, Path(adapter or folder).name
         self.toy = read_config(folder).get("world") == "toy"
         self.sights: list[maps.Sight] = []
 
@@ -255,7 +257,7 @@ def growing(path: Path) -> Iterator[TextIO]:
 def answer_file(args: argparse.Namespace, asked: list[Question]) -> None:
     """--questions: a line of --answers, or of stdout, for each, in order, as they come. UserError,
     in the end, if some have none."""
-    asker = Asker(args, args.model)
+    asker = Asker(args, args.model, args.adapter)
     try:
         rows = [prompt([(q.text, None)], asker.tokenizer, image=q.image is not None) for q in asked]
     except UserError as e:
@@ -368,6 +370,7 @@ def model_options(g) -> None:
                    help="a model folder (default: the bundled model)")
     g.add_argument("--vision",
                    help="the CLIP folder for a model that has no vision tower (liuhaotian's LLaVA)")
+    adapters.option(g)
     g.add_argument("--dtype", default="auto",
                    help="float32, bfloat16, float16; auto: as stored, but float32 for a model of "
                    "less than 1 GB on a CPU")
@@ -458,8 +461,8 @@ def main(argv: list[str] | None = None) -> None:
     image = picture(args.image, pipes=True)
     draws = bool(args.heatmap or args.html)
     sights = []
-    for folder in [args.model, *args.beside]:
-        asker = Asker(args, folder)
+    for folder, adapter in [(args.model, args.adapter), *((other, None) for other in args.beside)]:
+        asker = Asker(args, folder, adapter)
         pixels = asker.look(image)
         if args.chat:
             return chat(asker, pixels, args.q[0] if args.q else None)

@@ -49,6 +49,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sources = [Path(dir) for dir in (args.model, args.vision, args.adapter) if dir]
     if args.out.exists() and any(dir.exists() and dir.samefile(args.out) for dir in sources):
         raise UserError(f"--out {args.out}: is read from; choose another folder")
+    if adapters.files(args.out):
+        raise UserError(f"--out {args.out}: holds an adapter; choose another folder")
     return args
 
 

@@ -12,6 +12,7 @@ from core import flags
 from core.common import run
 from eval import load_model
 from toy import world as toy
+from training import adapters
 from viz.pointing import depths, pointing, show_depths, show_pointing
 
 
@@ -23,12 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--depth", action="store_true",
                       help="mean depth of LWCA's weights by kind of question")
     p.add_argument("--model", default=toy.MODEL, help="a model folder that knows the toy world")
+    adapters.option(p)
     p.add_argument("--n", type=flags.whole(2, 1_000_000), default=500,
                    help="how many questions (--depth: of each kind)")
     p.add_argument("--seed", type=flags.seed, default=0, help="which held-out questions")
     p.add_argument("--device", default="auto")
     args = p.parse_args(argv)
-    model, tokenizer, _ = load_model(args.model, args.device, dtype="float32")
+    model, tokenizer, _ = load_model(args.model, args.device, "float32", adapter=args.adapter)
     if args.pointing:
         return show_pointing(pointing(model, tokenizer, args.n, args.seed))
     show_depths(depths(model, tokenizer, args.n, args.seed), model.fuser.config.n_layers)
