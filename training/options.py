@@ -275,17 +275,17 @@ def choose_trained(args) -> None:
 
 def choose_rates(args, usual: float) -> None:
     """lr, and rates: the parts' own."""
-    gentle = GENTLE[args.world] if args.adapter else dict(lr=usual)
-    given = {part: getattr(args, f"lr_{part}") for part in ("fuser", "projector", "llm")}
-    if args.lr is None and given["projector"] is None:
-        given["projector"] = gentle.get("lr_projector")
-    args.lr = args.lr or gentle["lr"]
-    args.rates = {part: lr for part, lr in given.items() if lr and lr != args.lr}
-    trained = {*(args.train or ("fuser", "projector", "llm")), *(["llm"] if args.lora else [])}
-    for part in ("fuser", "projector", "llm"):
-        if getattr(args, f"lr_{part}") and part not in trained:
+    trained = {*(args.train or PARTS[:3]), *(["llm"] if args.lora else [])}
+    given = {part: getattr(args, f"lr_{part}") for part in PARTS[:3]}
+    for part, lr in given.items():
+        if lr and part not in trained:
             raise UserError(f"--lr-{part}: the {part} isn't trained (--train)")
-    args.rates = {part: lr for part, lr in args.rates.items() if part in trained}
+    gentle = GENTLE[args.world] if args.adapter else {}
+    if args.lr is None:
+        given["projector"] = given["projector"] or gentle.get("lr_projector")
+    args.lr = args.lr or gentle.get("lr", usual)
+    args.rates = {part: lr for part, lr in given.items()
+                  if lr and lr != args.lr and part in trained}
 
 
 def choose_processes(args) -> None:
