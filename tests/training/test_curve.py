@@ -43,6 +43,29 @@ def test_the_line_goes_where_the_losses_are(tmp_path):
     assert len(right) and right.min() > curve.HEIGHT - curve.BOTTOM - 10
 
 
+def test_what_was_held_out(tmp_path):
+    """Dots of their own colour, where they are on the axes; a table without the columns has none."""
+    rows = [f"{step},1,0,{'' if step % 50 else step / 50},{'' if step < 100 else 0.5}"
+            for step in range(1, 101)]
+    (tmp_path / "log.csv").write_text("\n".join(["step,loss,lr,val_loss,val_right", *rows]) + "\n")
+    curve.draw(tmp_path)
+
+    def orange():
+        image = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
+        return np.nonzero((image[..., 0] > 150) & (image[..., 2] < 80))
+
+    y, x = orange()
+    dots = y < curve.HEIGHT - curve.BOTTOM
+    assert dots.any() and not dots.all()                            # the others: what is said below
+    middle = (curve.LEFT + curve.WIDTH - curve.RIGHT) / 2
+    assert abs(x[dots].min() - middle) < 6                          # of step 50, at the bottom
+    assert abs(x[dots].max() - (curve.WIDTH - curve.RIGHT)) < 6     # of step 100, near the top
+    assert y[dots][x[dots].argmin()] > y[dots][x[dots].argmax()] + 200
+    (tmp_path / "log.csv").write_text("step,loss\n1,2\n2,1\n")
+    curve.draw(tmp_path)
+    assert not len(orange()[0])
+
+
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         curve.draw(tmp_path)
