@@ -1,5 +1,5 @@
-"""One's own exam: what is asked of a file of records, in whatever form it comes, with which history;
-answers kept, taken over and judged; what can't be asked is a line before work starts."""
+"""One's own exam: what is asked of a file of records, in whatever form it comes, with which
+history; answers kept, taken over and judged; what can't be asked is a line before work starts."""
 import json
 import shutil
 
@@ -102,10 +102,12 @@ BAD = [
     ({"conversations": []}, "record 1 (id 'x'): the human says nothing"),
     ({"conversations": said("a", "b")[1:]}, "record 1 (id 'x'): the human says nothing"),
     ({}, "record 1 (id 'x'): has no list"),
-    ({"image": "0.png", "conversations": said("<image>", "b")}, "record 1 (id 'x')", "says nothing"),
+    ({"image": "0.png", "conversations": said("<image>", "b")}, "record 1 (id 'x'): a human turn "
+     "says nothing"),
     ({"image": "z.png", "conversations": said("<image>\na", "b")},
      "record 1 (id 'x'): its picture", "z.png is missing", "--images"),
-    ({"image": "../0.png", "conversations": said("<image>\na", "b")}, "record 1 (id 'x')", "out of"),
+    ({"image": "../0.png", "conversations": said("<image>\na", "b")}, "record 1 (id 'x')",
+     "out of"),
     ({"kind": 3, "conversations": said("a", "b")}, "record 1 (id 'x'): the kind 3"),
 ]
 
@@ -174,7 +176,8 @@ def test_end_to_end(own, whole, capsys):
 
 
 def test_the_last_turns_and_a_part(own, whole, tmp_path, capsys):
-    """History is the right answers, so the last turns' answers are those of all turns; json lines."""
+    """History is the right answers, so the last turns' answers are those of all turns; json lines.
+    """
     records = json.loads((own / "own.json").read_text())
     lines = write_lines(tmp_path / "own.jsonl", records)
     evaluation.main(command(lines, tmp_path / "out", "--images", str(own), "--limit", "3",

@@ -44,7 +44,7 @@ def test_the_line_goes_where_the_losses_are(tmp_path):
 
 
 def test_what_was_held_out(tmp_path):
-    """Dots of their own colour, where they are on the axes; a table without the columns has none."""
+    """Dots of their own colour, where they are on the axes; without the columns there are none."""
     rows = [f"{step},1,0,{'' if step % 50 else step / 50},{'' if step < 100 else 0.5}"
             for step in range(1, 101)]
     (tmp_path / "log.csv").write_text("\n".join(["step,loss,lr,val_loss,val_right", *rows]) + "\n")
