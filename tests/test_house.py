@@ -320,7 +320,8 @@ def test_links_lead_somewhere(files):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("program", [*SEVEN[2:4], *SEVEN[5:], "toy", "study", "viz", "bench",
                                      "bench.big", "bench.card", "bench.decode", "bench.make_llava",
-                                     "bench.peak", "training.curve", "training.merge"])
+                                     "bench.peak", "bench.lora", "training.curve",
+                                     "training.merge"])
 def test_every_program_says_what_it_is(program, monkeypatch, capsys):
     """-h of every program: in this process, where torch is loaded already."""
     monkeypatch.setattr(sys, "argv", [program, "-h"])
