@@ -164,17 +164,20 @@ class Checkpoints:
         except OSError as e:
             raise UserError(f"{target}: cannot write it ({e.strerror or e})") from e
         self._prune(step)
-        with suppress(UserError):
+        with suppress(UserError):                    # _prune has said why
             for later in self.steps():
                 if later > step:
                     remove(self.path(later))
 
     def _prune(self, step: int) -> None:
-        """Remove the oldest before this one. What can't be is tried again next time."""
-        with suppress(UserError):
+        """Remove the oldest before this one. What can't be is said, and tried again next time."""
+        try:
             before = [old for old in self.steps() if old < step]
-            for old in before[:max(0, len(before) + 1 - self.keep)]:
-                remove(self.path(old))
+        except UserError as e:
+            print(f"warning: {e}; older checkpoints stay there", file=sys.stderr)
+            return
+        for old in before[:max(0, len(before) + 1 - self.keep)]:
+            remove(self.path(old))
 
     # ----------------------------------------------------------------------------------------------
     # Reading
