@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train
 from core.common import ROOT, UserError
 from tests.training.helpers import log_of, parameters, same_parameters
+from training.checkpoints import Checkpoints
 from training.damage import signed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,3 +130,15 @@ def test_sigterm_saves_and_leaves(stage1, tmp_path, capsys):
     assert f"going on after step {int(saved[5:])}" in capsys.readouterr().out
     assert [row[0] for row in log_of(tmp_path)] == list(range(1, 41))
     assert parameters(tmp_path)
+
+
+def test_old_checkpoints_that_cannot_be_looked_for(tmp_path, monkeypatch, capsys):
+    """A disk that doesn't answer for a moment: nothing is lost, but it is said."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+
+    def broken():
+        raise UserError("checkpoints: cannot read it (Input/output error)")
+
+    monkeypatch.setattr(checkpoints, "steps", broken)
+    checkpoints._prune(3)
+    assert "cannot read it (Input/output error); older checkpoints stay" in capsys.readouterr().err
