@@ -40,8 +40,9 @@ def one_line(text: str, most: int = 2000) -> str:
 
 
 def run(main: Callable[[], None], kept: str = "") -> None:
-    """Run a program's main(). A UserError becomes `error: ...` on stderr and exit status 2, Ctrl-C
-    a line and 130; what becomes of stdout and stderr says core/streams.py.
+    """Run a program's main(). A UserError, or the loss of another process of the same run, becomes
+    `error: ...` on stderr and exit status 2, Ctrl-C a line and 130; what becomes of stdout and
+    stderr says core/streams.py.
 
     kept: for a program whose work is kept in files, what becomes of it when it is interrupted. Such
     a program goes on when nobody reads what it prints.
@@ -55,6 +56,13 @@ def run(main: Callable[[], None], kept: str = "") -> None:
             if not e.said:
                 print(f"error: {visible(str(e))}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as e:
+            if not left_alone(e):
+                raise
+            wait_for_first()
+            print("error: another process of this run is gone (killed, out of memory?), so this "
+                  f"one can't go on{kept and '; '}{kept}", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             if rank() == 0:
                 print(f"\ninterrupted{kept and '; '}{kept}", file=sys.stderr)
@@ -64,6 +72,13 @@ def run(main: Callable[[], None], kept: str = "") -> None:
 def rank() -> int:
     """Which of torchrun's processes this is; 0 without it."""
     return int(os.environ.get("RANK", "0"))
+
+
+def left_alone(error: RuntimeError) -> bool:
+    """Whether this is what gloo or NCCL say when another process of the group has died."""
+    lost = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out")
+    by_gloo = "gloo" in str(error) and any(word in str(error) for word in lost)
+    return by_gloo or type(error).__name__ == "DistBackendError"
 
 
 def wait_for_first() -> None:

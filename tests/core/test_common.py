@@ -32,6 +32,14 @@ def test_run(capsys):
         with pytest.raises(SystemExit) as end:
             common.run(lambda: raises(error))
         assert (end.value.code, capsys.readouterr().err) == (code, said)
+    lost = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:13703: Connection reset by peer"
+    with pytest.raises(SystemExit):
+        common.run(lambda: raises(RuntimeError(lost)), "the same command goes on")
+    assert capsys.readouterr().err == ("error: another process of this run is gone (killed, out of "
+                                       "memory?), so this one can't go on; the same command goes "
+                                       "on\n")
+    with pytest.raises(RuntimeError, match="shapes"):
+        common.run(lambda: raises(RuntimeError("shapes")))
     with pytest.raises(ZeroDivisionError):                       # a bug of ours keeps its traceback
         common.run(lambda: 1 / 0)
     common.run(lambda: None)
