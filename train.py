@@ -49,6 +49,7 @@ from training.order import order
 from training.readers import Lenient, Notes, Readers
 from training.setup import build, compile_blocks, open_dataset, recompute, settings
 from training.stop import Stop
+from training.val import Held
 
 # --------------------------------------------------------------------------------------------------
 # Who is trained, and how
@@ -130,6 +131,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype                  # of products, by autocast
     size: int                           # bytes of the model that it ends with
+    held: Held | None = None            # --val
 
     @property
     def vlm(self) -> VLM:
@@ -304,9 +306,10 @@ def all_steps(run: Run, start: int, stop: Stop) -> bool:
             complain(run, step, rows, loss, norm, spoilt)
         # log
         seconds = time.perf_counter() - began
+        found = run.held.measure(run, step) if run.held else {}
         if log:
             log.row(step, loss, lr, norm, tokens, len(rows), seconds, waited, work / where()[1],
-                    run.device)
+                    run.device, found)
         # save
         ends = step == args.stop_after or asked > 0
         if step % args.save_every == 0 or step == steps or ends:
@@ -379,7 +382,8 @@ def resume(run: Run) -> int:
     start = checkpoints.load(run.trained, run.optimizer, run.course)
     left = math.ceil((run.course["steps"] - start) / args.save_every)
     with together():
-        checkpoints.check_room(run.trained, left, run.size)
+        best = run.held.room(run.trained) if run.held else 0
+        checkpoints.check_room(run.trained, left, run.size + best)
     return start
 
 
@@ -444,13 +448,17 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = build(args)
     dataset = open_dataset(args, tokenizer, model.vision.config.image_size)
     before.check(args, dataset, model)
-    held = setup.claim(args.out)
+    held = Held(args, model, tokenizer, dataset) if args.val else None
+    claimed = setup.claim(args.out)
     run = begin(args, model, tokenizer, dataset, device)
+    run.held = held
     start = resume(run)
     say(describe(run, start))
     if line := setup.inherited(args, model):
         say(line)
     ended = loop(run, start)
+    if ended and held:
+        held.put_best(run)
     if ended and args.adapter:
         write_adapter(run)
         say(f"adapter written to {args.out}; ask it: python sample.py --model {args.model} "
@@ -462,8 +470,8 @@ def main(argv: list[str] | None = None) -> None:
         again = " without --stop-after" if args.stop_after else ""
         say(f"stopped early, after a checkpoint; the same command{again} goes on")
     distributed.leave()
-    if held:
-        held.close()
+    if claimed:
+        claimed.close()
     if Stop.by_key:
         sys.exit(130)
 

@@ -176,6 +176,16 @@ def about_running(g) -> None:
                    help="stop after this step as if interrupted (0: never)")
     g.add_argument("--ask-every", type=whole(0, MANY), default=0, metavar="N",
                    help="every N steps, answers to a few held-out questions of the toy world")
+    g.add_argument("--val", type=Path, metavar="FILE.json", help="held-out records in LLaVA's "
+                   "format: their loss, and how many of their answers are right when asked")
+    g.add_argument("--val-images", type=Path, metavar="DIR", help="the folder of their pictures "
+                   "(default: the training's)")
+    g.add_argument("--val-every", type=whole(1, MANY), default=100, metavar="N",
+                   help="measured every N steps, and after the last (default: %(default)s)")
+    g.add_argument("--val-n", type=whole(0, MANY), default=200, metavar="K", help="how many of "
+                   "them are asked, always the same ones (default: %(default)s; 0: none)")
+    g.add_argument("--keep-best", action="store_true", help="the model in the end is that of the "
+                   "step with the most right answers, of these with the least loss")
     g.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases, too")
 
 
@@ -196,6 +206,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("say which: --stage 1 (captions; makes a model of two towers), or "
                         "--stage 2 (instruction tuning; goes on with one)")
     args.stage = args.stage or 2
+    if not args.val and (args.val_images or args.keep_best):
+        raise UserError("--val-images and --keep-best belong to --val FILE.json")
     choose_data(args)
     choose_model(args)
     choose_trained(args)

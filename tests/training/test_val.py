@@ -3,7 +3,6 @@ a training that they leave as it is to the bit, the best weights, and a run that
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +20,12 @@ from tests.benchmarks.helpers import fails
 from tests.training.helpers import log_of, same_parameters
 from tests.training.test_sharding import torchrun
 from toy import world as toy
-from training import options, readers, val
+from training import readers, val
 from training.log import Log
 from training.prepare import main as prepare
 from training.prepared import Prepared
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(
-    "--val-every" not in Path(options.__file__).read_text(), reason="train.py has no --val yet")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 8
 
 
