@@ -121,7 +121,7 @@ def read_about(file: Path) -> dict:
     fields.check(about, FIELDS, str(file))
     fields.check(about["image"], IMAGE, f"{file}: image")
     fields.check(about["base"], BASE, f"{file}: base")
-    return about
+    return {key: about.get(key) for key in FIELDS}               # what may be null may be left out
 
 
 def read_peft(file: Path) -> dict:

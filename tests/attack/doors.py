@@ -1,4 +1,5 @@
-"""What people bring, damaged: records, prepared folders, pickles, pictures, answers, flags.
+"""What people bring, damaged: records, prepared folders, pickles, pictures, answers, flags,
+adapters.
 
 Each door takes a random generator and an empty folder, puts one damaged thing there and opens it as
 a program would. It returns "taken" or "refused". AssertionError, or any exception but a UserError
@@ -21,15 +22,17 @@ import eval as evaluation
 import sample
 from benchmarks.answers import read_answers
 from benchmarks.score import score
+from ccra import VLM
 from clip import preprocess
 from core import pictures
 from core.common import UserError
 from core.tokenizer import Tokenizer
 from core.weights import unpickle
+from tests.attack.faults import tiny_model
 from tests.benchmarks.cases import MAKE
 from tests.benchmarks.helpers import write_lines
 from toy.world import MODEL
-from training import options, prepare
+from training import adapters, lora, options, prepare
 from training.prepared import Prepared
 
 TOKENIZER = Tokenizer.from_pretrained(MODEL)
@@ -213,5 +216,32 @@ def flags(rng: random.Random, folder: Path) -> str:
     return opened(parse)
 
 
+def make_adapter(base: Path, out: Path) -> None:
+    """LoRA, fuser and projector of a tiny model, as train.py writes them."""
+    model = VLM.from_pretrained(tiny_model(base))
+    lora.add(model.llm, 2, 4.0)
+    identity = adapters.identity(base)
+    held = dict(model.named_parameters())
+    trained = [name for name in held if name.startswith(("fuser.", "projector.")) or "lora" in name]
+    names = adapters.held_names(model, trained, identity)
+    adapters.save(model, out, identity, {name: held[name] for name in names}, trained)
+
+
+def adapter(rng: random.Random, folder: Path) -> str:
+    """An adapter's folder, changed, for --adapter."""
+    base, whole = folder.parent / "adapter-base", folder.parent / "whole-adapter"
+    if not whole.exists():
+        make_adapter(base, whole)
+    out = shutil.copytree(whole, folder / "adapter")
+    file = rng.choice(sorted(out.iterdir()))
+    if rng.random() < 0.1:
+        file.unlink()
+    elif file.suffix == ".json" and rng.random() < 0.8:
+        file.write_bytes(damaged_json(rng, json.loads(file.read_text())))
+    else:
+        file.write_bytes(spoil(rng, file.read_bytes()))
+    return opened(lambda: adapters.load(base, out))
+
+
 DOORS = dict(records=records, prepared=prepared, pickles=pickles, pictures=pictures_door,
-             scoring=scoring, flags=flags)
+             scoring=scoring, flags=flags, adapters=adapter)
