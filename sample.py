@@ -5,11 +5,12 @@
 
 The answer, and nothing else, goes to stdout as it is written; times go to stderr. The default model
 is the bundled one, which knows a small world of drawn objects (python -m toy show); --model takes
-any folder that train.py wrote, and LLaVA-1.5:
+any folder that train.py wrote, and LLaVA-1.5, alone or with what train.py learnt beside it:
 
     python sample.py --model llava-1.5-7b-hf --image x.jpg --q "What is this?"
     python sample.py --model llava-v1.5-7b --vision clip-vit-large-patch14-336 \\
                      --image x.jpg --q "What is this?"
+    python sample.py --model llava-1.5-7b-hf --adapter out/mine --image x.jpg --q "What is this?"
 
 --heatmap draws what it looked at (viz/): the paper's Figure 3 for one question, its Figure 4 for
 several --q, and its Figures 2 and 6 where --beside names other models. --html writes a page to

@@ -8,9 +8,9 @@
 Both sides get the same numbers, frozen weights and LoRA beside the seven matrices of each block; a
 step is forward, loss, backward and AdamW. What goes in needs a gradient, too, since a projector
 before it is trained. The sides take turns, each run a process of its own. Time is the median of all
-steps but each run's first; memory is the highest resident one during the steps (on a GPU: what was
-allocated), above what it was before them, and with the weights. That the first losses agree is
-checked.
+steps but each run's first, and beside it the processor's, which says more on a busy machine; memory
+is the highest resident one during the steps (on a GPU: what was allocated), above what it was
+before them, and with the weights. That the first losses agree is checked.
 """
 from core.common import run  # first: from here on Ctrl-C is a line
 
@@ -154,9 +154,9 @@ def measure(args: argparse.Namespace) -> dict:
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     before = resident(args.device)
     forget_peak(args.device)
-    took, losses = [], []
+    took, cpu, losses = [], [], []
     for _ in range(args.steps):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         with autocast:
             loss = loss_of(embeds.requires_grad_(), labels)
         loss.backward()
@@ -165,8 +165,9 @@ def measure(args: argparse.Namespace) -> dict:
         embeds.grad = None
         losses.append(loss.item())                   # on a GPU this waits
         took.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - worked)
     peak = memory(args.device)["peak"]
-    return dict(seconds=took[1:], loss=losses[0], peak=peak, rise=peak - before,
+    return dict(seconds=took[1:], cpu=cpu[1:], loss=losses[0], peak=peak, rise=peak - before,
                 trained=sum(p.numel() for p in trained))
 
 
@@ -191,22 +192,25 @@ def child(side: str, argv: list[str]) -> dict:
 
 def summary(runs: list[dict]) -> dict:
     """Of one side's runs."""
-    return dict(seconds=statistics.median(s for one in runs for s in one["seconds"]),
-                fastest=min(s for one in runs for s in one["seconds"]),
+    times = {key: [s for one in runs for s in one[key]] for key in ("seconds", "cpu")}
+    return dict(seconds=statistics.median(times["seconds"]), fastest=min(times["seconds"]),
+                cpu=statistics.median(times["cpu"]),
                 **{key: statistics.median(one[key] for one in runs) for key in ("peak", "rise")},
                 loss=runs[0]["loss"], trained=runs[0]["trained"])
 
 
 def show(found: dict[str, dict]) -> None:
     """The table, and how much ours is better."""
-    print(f"{'':20s}  s a step (median, fastest)  above the weights  with them  first loss")
+    print(f"{'':20s}  s a step: median  fastest  processor's  above the weights  with them  loss")
     for side, row in found.items():
-        print(f"{SIDES[side]:20s}  {row['seconds']:17.2f} {row['fastest']:8.2f}  "
-              f"{row['rise'] / 1e9:14.2f} GB  {row['peak'] / 1e9:6.2f} GB  {row['loss']:10.5f}")
+        times = f"{row['seconds']:16.2f} {row['fastest']:8.2f} {row['cpu']:12.2f}"
+        print(f"{SIDES[side]:20s}  {times}  {row['rise'] / 1e9:14.2f} GB  "
+              f"{row['peak'] / 1e9:6.2f} GB  {row['loss']:.5f}")
     one, other = found["ours"], found["peer"]
-    print(f"{other['seconds'] / one['seconds']:.2f}x as fast (fastest steps "
-          f"{other['fastest'] / one['fastest']:.2f}x), {one['rise'] / max(1, other['rise']):.2f} of "
-          f"the memory above the weights; {one['trained']:,} parameters trained")
+    faster, cheaper = (other[key] / one[key] for key in ("seconds", "cpu"))
+    share = one["rise"] / max(1, other["rise"])
+    print(f"{faster:.2f}x as fast (processor's time {cheaper:.2f}x), {share:.2f} of the memory "
+          f"above the weights; {one['trained']:,} parameters trained")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     for turn in range(args.rounds):
         for side in SIDES:
             runs[side].append(child(side, argv))
+            times = zip(runs[side][-1]["seconds"], runs[side][-1]["cpu"])
             print(f"round {turn + 1} of {args.rounds}, {SIDES[side]}: "
-                  + ", ".join(f"{s:.2f} s" for s in runs[side][-1]["seconds"]), file=sys.stderr)
+                  + ", ".join(f"{s:.2f} s ({cpu:.2f})" for s, cpu in times), file=sys.stderr)
     found = {side: summary(those) for side, those in runs.items()}
     losses = [row["loss"] for row in found.values()]
     if abs(losses[0] - losses[1]) > TOLERANCE * losses[1] or len({

@@ -22,7 +22,7 @@ from core.tokenizer import Tokenizer
 
 PARTS = {"vision": "picture tower", "fuser": "fuser", "projector": "projector",
          "llm": "language model"}
-PIECES, PIECE = 16, 4096       # of a tensor that a fingerprint reads: how many, of how many bytes
+PIECES, PIECE = 8, 4096       # of a tensor that a fingerprint reads: how many, of how many bytes
 # Text that tokenizers of different vocabularies cut differently
 PROBE = ("USER: What's in the picture, 12345 of them? ASSISTANT: Two\n\tzebras; naïve façades at "
          "18:30 — 東京, Ελλάδα, привет 🙂 </s>")
