@@ -4,6 +4,8 @@ Algorithm 1).
     python train.py --stage 1       the projector alone learns to turn pictures into "words"
     python train.py --stage 2       projector, CCRA and language model learn to answer questions
     torchrun --nproc_per_node=8 train.py --stage 2     the paper's training on eight GPUs
+    python train.py --model llava-1.5-7b-hf --fuser ccra --train fuser projector \\
+                    --json my.json --images my         CCRA in a LLaVA that is trained already
     python train.py --stage 2 --plan --gpus 8 --gpu a100-80     what that takes, without a GPU
 
 One process trains the toy world (toy/) on whatever this machine has; under torchrun it is LLaVA's
