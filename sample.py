@@ -53,18 +53,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.own import Question, read_questions
-from clip import preprocess
 from core import flags
 from core.common import UserError, split, visible, write_beside, write_text
-from core.folders import read_config
 from core.pictures import STDIN, label, read
 from core.records import Turns
-from core.tokenizer import IMAGE_TOKEN
-from data import Sample, item, make_batch, prompt
-from eval import load_model, reply_ids
+from data import Sample, prompt
+from eval import reply_ids
 from toy import world as toy
 from training import adapters
-from viz import explorer, figures, maps
+from viz import asking, explorer, figures, maps
 
 try:
     import readline  # imported, it edits what input() reads
@@ -82,7 +79,7 @@ def picture(path: str, pipes: bool = False) -> Image.Image:
     return image
 
 
-class Asker:
+class Asker(asking.Asker):
     """A model that answers on stdout.
 
     sights: what it looked at for each answer, where that is to be drawn.
@@ -91,28 +88,22 @@ class Asker:
     def __init__(self, args: argparse.Namespace, folder: str | Path, adapter: str | None = None):
         """args: those of the program; folder: the model's; adapter: of what was learnt beside it.
         """
-        vision = args.vision if folder == args.model else None
-        self.model, self.tokenizer, self.device = load_model(
-            folder, args.device, args.dtype, vision, args.quant == "int8", args.pack, adapter)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.args, self.name = args, Path(adapter or folder).name
-        self.toy = read_config(folder).get("world") == "toy"
+        super().__init__(args, folder, adapter)
         self.sights: list[maps.Sight] = []
 
     def look(self, image: Image.Image) -> Tensor:
         """A picture's pixels (3, size, size). Says so if the model can't know what is in it."""
-        if self.toy and not toy.knows(image):
-            print(f"note: {toy.KNOWS}", file=sys.stderr)
-        return preprocess(image, **self.model.image)
+        for note in self.foreign(image):
+            print(f"note: {note}", file=sys.stderr)
+        return self.pixels(image)
 
     def see(self, path: Path | None, seen: Counter) -> Tensor:
         """The pixels for a question of a file; zeros for no picture. seen: notes are counted."""
         if path is None:
             return torch.zeros(3, self.model.image["size"], self.model.image["size"])
         image, notes = read(path, upright=True)
-        foreign = self.toy and not toy.knows(image)
-        seen.update([*notes, toy.KNOWS] if foreign else notes)
-        return preprocess(image, **self.model.image)
+        seen.update(notes + self.foreign(image))
+        return self.pixels(image)
 
     def ask(self, pixels: Tensor, turns: Turns, started: float,
             image: Image.Image | None = None) -> str:
@@ -122,12 +113,8 @@ class Asker:
         began; image: the picture, if what is looked at is to be drawn on it. UserError for an empty
         question, or one that is too long.
         """
-        row = prompt(turns, self.tokenizer)
-        room = self.room(row)
-        if room < 1 and len(turns) > 1:
-            raise UserError("no room for another answer: this chat fills the language model's "
-                            f"{self.context} positions; /new begins anew")
-        batch = make_batch([item(row, pixels)], self.model.query, device=self.device)
+        row = self.row(turns)
+        room, batch = self.room(row), self.batch(row, pixels)
         tokens, times, answer = [], [], ""
         began = time.perf_counter()
         try:
@@ -150,35 +137,6 @@ class Asker:
             self.sights.append(seen.sight(self.model, self.tokenizer, image, question, batch,
                                           tokens, self.name))
         return answer
-
-    @property
-    def context(self) -> int:
-        """How many positions the language model has."""
-        return self.model.llm.config.max_position_embeddings
-
-    def room(self, row: Sample) -> int:
-        """How many tokens an answer can have after a `prompt`."""
-        picture = self.model.picture_rows - 1 if IMAGE_TOKEN in row.ids else 0
-        return self.context - len(row.ids) - picture
-
-    def cut(self, tokens: int) -> str:
-        """Why an answer ended after so many, without its end."""
-        after = f"cut off after {tokens} token{'s' * (tokens > 1)}"
-        if tokens == self.args.max_new_tokens:
-            return f"{after}: --max-new-tokens"
-        return f"{after}: the language model's {self.context} positions are full"
-
-    def generate(self, batch: dict[str, Tensor], tokens: list[int],
-                 times: list[float]) -> Iterator[int]:
-        """The answer's ids as they come. tokens, times: lists that these, and when each of them
-        came, are added to."""
-        args = self.args
-        for token in self.model.generate(
-                **batch, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                top_p=args.top_p, eos_ids=self.tokenizer.eos_ids, generator=self.generator):
-            times.append(time.perf_counter())
-            tokens.append(int(token[0]))
-            yield tokens[-1]
 
 
 def show_times(times: list[float], began: float, started: float) -> None:

@@ -34,12 +34,16 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def explorer(sight: Sight) -> str:
-    """One HTML page that needs nothing else. Text goes in as JSON without "<", and from there by
-    textContent alone, so no question is markup."""
-    image = sight.image.copy()
-    image.thumbnail((LONGEST, LONGEST))          # if it is larger
-    maps = sight.maps
+def small(image: Image.Image) -> Image.Image:
+    """A picture no larger than a page shows it."""
+    image = image.copy()
+    image.thumbnail((LONGEST, LONGEST))
+    return image
+
+
+def sight_data(sight: Sight) -> dict:
+    """What the page knows of one question: JSON's values alone."""
+    image, maps = small(sight.image), sight.maps
     data = dict(question=sight.question, words=sight.words, tokens=sight.tokens, grid=sight.grid,
                 box=sight.box, blocks=blocks(sight), image=data_url(image), size=image.size,
                 heat=HEAT, colours=["#%02x%02x%02x" % tuple(c) for c in COLOURS.tolist()],
@@ -49,5 +53,19 @@ def explorer(sight: Sight) -> str:
                      w_hat=maps["w_hat"].tolist(), raw=maps["w_l"].softmax(-1).tolist(),
                      W_lp=packed(maps["W_lp"]), w_p=packed(maps["w_p"]),
                      layer_map=packed(maps["layer_map"]))
+    return data
+
+
+def page(data: dict) -> str:
+    """page.html with these data. Text goes in as JSON without "<", and from there by textContent
+    alone, so no question is markup."""
     text = json.dumps(data).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    if "serve" not in data:                      # a file has nobody to talk to
+        template = template.replace("; connect-src 'self'", "", 1)
+    return template.replace("DATA", text, 1)
+
+
+def explorer(sight: Sight) -> str:
+    """One HTML page that needs nothing else."""
+    return page(sight_data(sight))
