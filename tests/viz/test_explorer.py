@@ -6,14 +6,12 @@ import base64
 import json
 import os
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from eval import load_model
-from tests.viz.browser import Browser
 from tests.viz.helpers import SCENE, random_sight
 from toy import world as toy
 from viz import explorer, maps
@@ -22,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVIL = ["</script><img src=x onerror=\"document.title='hacked'\">", " <b>bold</b>",
         " &lt;i&gt;&amp;", " \u2028'\"`${1}\\"]
-FOREIGN = (r"\b(?:src|href) *=(?! data\.image)|//\w|fetch\(|\bimport\b|XMLHttp|innerHTML|url\(")
+FOREIGN = (r"\b(?:src|href) ?=(?! (?:sight|seen)\.image|\"data:,\")|//\w|fetch\((?!path,)|"
+           r"\bimport\b|XMLHttp|innerHTML|url\(")
 MAP = "document.getElementById('map').toDataURL()"
 VALUES = "[...document.querySelectorAll('#values td:nth-child(2)')].map(x => Number(x.textContent))"
 CHOSEN = "document.querySelector('[name=kind]:checked').value"
@@ -43,7 +42,8 @@ def test_one_file_of_a_bearable_size():
     code = code.replace("http://www.w3.org/2000/svg", "")          # SVG's name, nothing to fetch
     assert not re.search(FOREIGN, code)
     assert page.count("</script>") == 2 and page.count("<img") == 0
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in page and "connect-src" not in page
+    assert "connect-src 'self'" in explorer.page(dict(serve={}))      # to talk to its server
     data = embedded(page)
     assert data["words"] == EVIL * 10 and data["grid"] == 24
     for name, values in (("llm", sight.llm.mean(0)), ("W_lp", sight.maps["W_lp"])):
@@ -53,16 +53,6 @@ def test_one_file_of_a_bearable_size():
 
 # --------------------------------------------------------------------------------------------------
 # In a browser
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs a browser: apt-get install chromium (or google-chrome)")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
 
 class Page:
     """The bundled model's answer to a question, open in a browser.

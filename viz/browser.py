@@ -1,4 +1,4 @@
-"""A real browser, as a test's hands and eyes."""
+"""A real browser, as hands and eyes for the tests of the page and for its pictures."""
 import json
 import os
 import subprocess
