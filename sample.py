@@ -19,6 +19,10 @@ explore, one file without anything else:
     python sample.py --image assets/scene.png --q "What color is the square?" \\
                      --heatmap out.png --html out.html
 
+--serve is a page to ask at in a browser, with all of this beside the answers (viz/server.py):
+
+    python sample.py --serve
+
 --questions asks a file of questions, a line of json each, and answers in lines of json; --batch of
 them at a time, greedily:
 
@@ -61,7 +65,7 @@ from data import Sample, prompt
 from eval import reply_ids
 from toy import world as toy
 from training import adapters
-from viz import asking, explorer, figures, maps
+from viz import asking, explorer, figures, maps, server
 
 try:
     import readline  # imported, it edits what input() reads
@@ -301,14 +305,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     answer_options(p.add_argument_group("the answer"))
     file_options(p.add_argument_group("a file of questions"))
     drawing_options(p.add_argument_group("what the model looked at"))
+    server.options(p.add_argument_group("a page in the browser"))
     args = p.parse_args(argv)
     if args.quant and args.pack:
         raise UserError("--quant and --pack exclude each other: int8 has a layout of its own")
+    if server.wanted(args):
+        return args
     check_file(args)
     if args.questions:
         return args
     if not args.image:
-        raise UserError("no picture: give --image FILE (or --questions FILE.jsonl)")
+        raise UserError("no picture: give --image FILE (or --questions FILE.jsonl, or --serve)")
     if len(args.image) > 1:
         raise UserError(f"--image is given {len(args.image)} times, and the model takes one "
                         "picture a question; ask of each by itself, or of all in a file: "
@@ -414,6 +421,8 @@ def check_drawing(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     args = arguments(argv)
+    if args.serve:
+        return server.serve(args)
     if args.questions:
         return answer_file(args, read_questions(args.questions, args.images))
     # before the model: a wrong path should fail at once; and once, since it may be a pipe

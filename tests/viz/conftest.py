@@ -1,8 +1,11 @@
 import shutil
 
 import pytest
+import torch
 
 from core.tokenizer import Tokenizer
+from tests.viz.helpers import build
+from tests.viz.served import Live
 from toy import world as toy
 from viz.browser import Browser
 
@@ -20,3 +23,16 @@ def browser(tmp_path_factory):
     browser = Browser(program, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory, towers):
+    """The bundled model, and beside it one of random weights that knows nothing of that world."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    other = tmp_path_factory.mktemp("other")
+    build(towers).save_pretrained(other, toy.MODEL / "tokenizer.model")
+    live = Live(toy.MODEL, other)
+    yield live
+    live.close()
+    torch.set_num_threads(threads)
