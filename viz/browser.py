@@ -1,7 +1,10 @@
 """A real browser, as hands and eyes for the tests of the page and for its pictures."""
+import base64
 import json
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -13,6 +16,20 @@ READY = """new Promise((done, fail) => {
     setTimeout(fail, 20000);
 })"""
 COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+
+
+DROP = """(() => {
+    const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([bytes], %s));
+    document.body.dispatchEvent(
+        new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer }));
+})()"""
+
+
+def find() -> str | None:
+    """A browser's program, if this machine has one."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Browser:
@@ -29,6 +46,7 @@ class Browser:
         os.close(theirs)
         os.close(out)
         self.heard, self.last, self.session, self.events = b"", 0, {}, []
+        self.home = "file:"                          # where requests may go
         targets = self("Target.getTargets")["targetInfos"]
         page = next(target for target in targets if target["type"] == "page")
         attached = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)
@@ -72,11 +90,19 @@ class Browser:
     def focus(self, id: str) -> None:
         self.run(f"document.getElementById('{id}').focus()")
 
-    def key(self, name: str, code: int) -> None:
-        """Press a key."""
+    def key(self, name: str, code: int, text: str = "", shift: bool = False) -> None:
+        """Press a key. text: what it writes."""
         for kind in ("keyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=name, code=name,
-                 windowsVirtualKeyCode=code)
+            self("Input.dispatchKeyEvent", type=kind, key=name, code=name, modifiers=8 * shift,
+                 windowsVirtualKeyCode=code, **dict(text=text) if kind == "keyDown" else {})
+
+    def write(self, text: str) -> None:
+        """Into what has the focus, as from a keyboard that knows every sign."""
+        self("Input.insertText", text=text)
+
+    def drop(self, content: bytes, name: str) -> None:
+        """A file, onto the page."""
+        self.run(DROP % (base64.b64encode(content).decode(), json.dumps(name)))
 
     def point(self, id: str, across: float, down: float) -> tuple[float, float]:
         """Move the mouse to a place in an element, in shares of its size, and say where that
@@ -102,18 +128,31 @@ class Browser:
         self("Emulation.setEmulatedMedia",
              features=[dict(name="prefers-color-scheme", value=name)])
 
-    def open(self, file: Path) -> None:
-        """Go to a page, and wait until it says that it's ready."""
+    def open(self, page: Path | str) -> None:
+        """Go to a page, a file or an address, and wait until it says that it's ready."""
         self.events.clear()
-        self("Page.navigate", url=file.as_uri())
+        self.home = page if isinstance(page, str) else "file:"
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.run(READY)
 
+    def until(self, script: str, seconds: float = 20) -> None:
+        """Wait until a JavaScript expression is true. TimeoutError if it isn't then."""
+        end = time.monotonic() + seconds
+        while not self.run(f"Boolean({script})"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not within {seconds} s: {script}")
+            time.sleep(0.02)
+
+    def shot(self) -> bytes:
+        """What the window shows, as PNG."""
+        return base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
+
     def complaints(self) -> list:
-        """What went to the console, exceptions, and requests for anything but the file itself and
-        data in it, since the page was opened."""
+        """What went to the console, exceptions, and requests for anything but what the page is,
+        data in it and, if it was served, its server, since the page was opened."""
         found = [event for event in self.events if event["method"] in COMPLAINTS]
         for event in self.events:
             if event["method"] == "Network.requestWillBeSent":
-                if not event["params"]["request"]["url"].startswith(("file:", "data:")):
+                if not event["params"]["request"]["url"].startswith((self.home, "data:")):
                     found.append(event)
         return found

@@ -1,13 +1,13 @@
-import shutil
-
 import pytest
 import torch
 
 from core.tokenizer import Tokenizer
 from tests.viz.helpers import build
 from tests.viz.served import Live
+from tests.viz.stub import Stub
+from tests.viz.visitor import Page
 from toy import world as toy
-from viz.browser import Browser
+from viz.browser import Browser, find
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = find()
     if program is None:
         pytest.skip("needs a browser: apt-get install chromium (or google-chrome)")
     browser = Browser(program, tmp_path_factory.mktemp("profile"))
@@ -36,3 +36,25 @@ def live(tmp_path_factory, towers):
     yield live
     live.close()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """One of canned answers."""
+    stub = Stub()
+    yield stub
+    stub.shutdown()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A visitor of the page, newly opened. In the end it hasn't complained, except where the test
+    refused something."""
+    server.reset()
+    browser.scheme("light")
+    browser.size(1280, 900)
+    page = Page(browser, server)
+    page.open()
+    yield page
+    if server.refuse is None:
+        assert browser.complaints() == []
