@@ -1,6 +1,7 @@
 """The page for eyes and hands of all kinds, in a real browser."""
 import pytest
 
+from core.canvas import COLOURS
 from tests.viz.visitor import DRAWN, FITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,14 +35,15 @@ CONTRAST = """(() => {
 })()"""
 
 
-def test_360_pixels(page):
-    page.browser.size(360, 740, mobile=True)
+@pytest.mark.parametrize("width", [360, 320])
+def test_narrow(page, width):
+    page.browser.size(width, 740, mobile=True)
     page.ask("What is it?")
     page.ask("Where is the one that is to the left of the other?")
     page.until(DRAWN.format(2))
     assert page.run(FITS)
     assert page.run("[...document.querySelectorAll('main *')].every(x => !x.checkVisibility() || "
-                    "x.closest('.unseen') || x.getBoundingClientRect().right <= 360)")
+                    "x.closest('.unseen') || x.getBoundingClientRect().right <= innerWidth)")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -57,6 +59,12 @@ def test_text_stands_out(page, server, scheme):
     assert len(found) > 60 and any(text.startswith("Error") for _, text in found)
     assert [(ratio, text) for ratio, text in found if ratio < 4.5] == []
     assert page.run("document.getAnimations().length") == 0              # nothing moves or blinks
+
+
+def test_colours_are_told_apart_by_their_light():
+    """So nobody needs to tell hues apart."""
+    light = COLOURS.astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert (light[8:] > light[:-8]).all() and light[-1] - light[0] > 200
 
 
 def test_by_keyboard_alone_with_a_focus_that_is_seen(page):

@@ -33,6 +33,17 @@ def test_a_picture_dropped_pasted_and_chosen(page, server):
     assert page.run("document.getElementById('scene').hidden")
 
 
+def test_text_is_pasted_as_text(page, server):
+    """Even from a spreadsheet, which puts a picture of it beside it."""
+    assert page.run(f"""(() => {{
+        const clipboardData = {files("table.png", png())};
+        clipboardData.setData("text/plain", "a table");
+        return document.getElementById("question").dispatchEvent(new ClipboardEvent("paste",
+            {{ bubbles: true, cancelable: true, clipboardData }}));
+    }})()""")                                                            # left to the browser
+    assert page.text("about") == "cat.png" and len(server.pictures) == 1
+
+
 def test_what_is_no_picture(page, server):
     page.run("""document.body.dispatchEvent(new DragEvent("drop", { bubbles: true,
         cancelable: true, dataTransfer: new DataTransfer() }))""")
@@ -73,6 +84,17 @@ def test_an_answer_comes_piece_by_piece(page, server):
     sent = server.asked[0]
     assert sent.pop("picture") and sent == dict(
         turns=[], question="What is it?", temperature=0, off=[], model=0, max_new_tokens=128)
+
+
+def test_temperature_is_the_server_s_until_it_is_changed(page, server):
+    page.open(temperature=2.33)
+    assert page.text("degrees") == "2.33"
+    page.ask("What is it?")
+    assert page.run("document.querySelector('#turns h3').textContent") == "temperature 2.33"
+    page.browser.focus("temperature")
+    page.browser.key("Home", 36)
+    page.ask("What?")
+    assert [asked["temperature"] for asked in server.asked] == [2.33, 0]
 
 
 def test_others_ask_before(page, server):
