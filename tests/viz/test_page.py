@@ -267,6 +267,8 @@ def test_two_questions_side_by_side(page):
     page.browser.focus("maps0-slider")
     page.browser.key("Home", 36)
     assert page.text("maps1-layer") == "1 of 3"                          # both together
+    live = "document.getElementById('maps{}-numbers').getAttribute('aria-live')"
+    assert [page.run(live.format(i)) for i in (0, 1)] == ["polite", "off"]     # one is read out
     page.run("document.getElementById('together').click()")
     page.browser.key("End", 35)
     assert page.text("maps0-layer") == "3 of 3" and page.text("maps1-layer") == "1 of 3"
