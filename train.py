@@ -91,8 +91,12 @@ def save_precision(trained: dict[str, nn.Parameter], model: VLM, dtype: torch.dt
     narrow as products. narrow: layers whose frozen weight stays as it is stored."""
     chosen, kept = {id(p) for p in trained.values()}, {id(layer.weight) for layer in narrow}
     for p in model.parameters():
-        if id(p) not in kept:
-            p.data = p.data.to(torch.float32 if id(p) in chosen else dtype)
+        if id(p) in kept:
+            continue
+        stored = p.data
+        p.data = stored.to(torch.float32 if id(p) in chosen else dtype)
+        if p.data_ptr() != stored.data_ptr():
+            fast.forget(stored)                      # else its file's pages would stay, too
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -134,6 +138,7 @@ class Run:
     dtype: torch.dtype                  # of products, by autocast
     size: int                           # bytes of the model that it ends with
     held: Held | None = None            # --val
+    base: dict | None = None            # of an adapter, in the first process: adapters.identity
 
     @property
     def vlm(self) -> VLM:
@@ -373,7 +378,11 @@ def begin(args: argparse.Namespace, model: VLM, tokenizer: Tokenizer, dataset,
     shared = sharding.share(model, args.parallel, device, dtype, args.shard == "grad", mesh)
     trained = trained_of(model)                     # sliced parameters are others than before
     optimizer = adamw(trained, args.lr, args.rates)
-    return Run(args, shared, trained, optimizer, dataset, tokenizer, course, device, dtype, size)
+    run = Run(args, shared, trained, optimizer, dataset, tokenizer, course, device, dtype, size)
+    with together():
+        if args.adapter and where()[0] == 0:
+            run.base = adapters.identity(args.model, args.vision, course["basis"])
+    return run
 
 
 def resume(run: Run) -> int:
@@ -425,9 +434,7 @@ def write_adapter(run: Run) -> None:
     """
     args, model = run.args, run.vlm
     first = where()[0] == 0
-    with together():
-        base = adapters.identity(args.model, args.vision, run.course["basis"]) if first else None
-    base = distributed.gather(base)[0]
+    base = distributed.gather(run.base)[0]
     parameters, tensors = dict(model.named_parameters()), {}
     for name in adapters.held_names(model, run.trained, base):
         tensor = sharding.whole(parameters[name])

@@ -1,7 +1,7 @@
 """CCRA in a LLaVA-1.5-7B of random weights, trained for two steps on this machine's CPU: how much
 memory, beside what --plan says?
 
-    python -m bench.make_llava --out out/llava-random
+    python -m bench.make_llava --out out/llava-random --tokenizer vicuna-7b-v1.5/tokenizer.model
     python -m bench.real --model out/llava-random                 fuser and projector
     python -m bench.real --model out/llava-random --lora 16       and LoRA
 

@@ -22,6 +22,7 @@ from fast import attention
 from fast.cache import DecodingAttention
 from fast.graph import Recorded
 from fast.linear import HalfLinear
+from fast.memory import forget as forget
 from fast.memory import keep_memory as keep_memory
 from fast.norm import RowNorm
 from fast.packed import pack_llama

@@ -122,7 +122,8 @@ def largest(model: VLM, args: argparse.Namespace, total: int, micro: int) -> str
         fits -= 1
     if fits < 1:
         return f"not even one row at a time fits on a {args.gpu}"
-    return f"the largest --micro that fits on a {args.gpu}: {fits} ({row / 2 ** 30:.2f} GiB a row)"
+    most = f"all {fits} of a step" if fits == args.batch else str(fits)
+    return f"the largest --micro that fits on a {args.gpu}: {most} ({row / 2 ** 30:.2f} GiB a row)"
 
 
 def epoch(args: argparse.Namespace) -> tuple[int, int]:
