@@ -39,6 +39,7 @@ from toy.world import MODEL
 EXAMPLE = ROOT / "assets/example"
 LIFE = (6, 200)              # seconds, from, to
 PATIENCE = 120               # seconds until a program that should end counts as hanging
+WARM = 60                    # seconds that a life may take to start, on a busy machine
 EVENTS = 1500                # the last event of a life at which a disk may fail
 DISKS = ("ENOSPC", "+ENOSPC", "EIO", "+EIO", "+EROFS", "EACCES")
 TROUBLES = ("kill all", "kill one", "SIGINT", "SIGTERM", "pause", "disk", "disk")
@@ -58,12 +59,13 @@ class Watched:
                                  sum(len(os.listdir(f"/proc/{p}/fd")) for p in pids)))
 
     def growth(self) -> tuple[float, float] | None:
-        """Memory and open files in the last quarter of a life against those in the second; None of
-        a short one."""
-        if not self.samples or self.samples[-1][0] < 60:
+        """Memory and open files in the last third of a life against those in its first third after
+        WARM seconds; None of a short one."""
+        warm = [sample for sample in self.samples if sample[0] > WARM]
+        if not warm or warm[-1][0] < 2 * WARM:
             return None
-        n = len(self.samples) // 4
-        early, late = self.samples[n:2 * n], self.samples[-n:]
+        n = len(warm) // 3
+        early, late = warm[:n], warm[-n:]
         return tuple(statistics.median(s[i] for s in late) / statistics.median(s[i] for s in early)
                      for i in (1, 2))
 
@@ -182,8 +184,8 @@ class Tally:
         print(f"at most {self.most[0] / 2**30:.2f} GiB and {self.most[1]} open files at once")
         if self.growths:
             memory, files = (max(values) for values in zip(*self.growths))
-            print(f"within {len(self.growths)} lives of more than a minute, from the second quarter"
-                  f" to the last: memory x {memory:.3f} at most, open files x {files:.3f}")
+            print(f"within {len(self.growths)} lives of more than {2 * WARM} s, after the first "
+                  f"{WARM}: memory x {memory:.3f} at most, open files x {files:.3f}")
         print(f"{len(self.faults)} ended badly")
 
 
