@@ -76,8 +76,13 @@ def resident(pid: int) -> int:
 
 
 def shared_memory() -> list[str]:
-    """What lies in /dev/shm of torch's readers and of semaphores."""
-    return sorted(p.name for p in SHM.glob("*") if p.name.startswith(("torch_", "sem.", "psm_")))
+    """What lies in /dev/shm of torch's readers that are gone, and of semaphores."""
+    found = []
+    for name in (p.name for p in SHM.glob("*")):
+        owner = re.match(r"torch_(\d+)_", name)
+        if owner and not Path(f"/proc/{owner[1]}").exists() or name.startswith(("sem.", "psm_")):
+            found.append(name)
+    return sorted(found)
 
 
 # --------------------------------------------------------------------------------------------------
