@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -64,6 +65,8 @@ def run(main: Callable[[], None], kept: str = "") -> None:
                   f"one can't go on{kept and '; '}{kept}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_DFL)      # a second one ends all, quietly
             if rank() == 0:
                 print(f"\ninterrupted{kept and '; '}{kept}", file=sys.stderr)
             sys.exit(130)

@@ -1,6 +1,7 @@
 """What every program needs: errors for users, JSON, locks."""
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -38,6 +39,7 @@ def test_run(capsys):
     assert capsys.readouterr().err == ("error: another process of this run is gone (killed, out of "
                                        "memory?), so this one can't go on; the same command goes "
                                        "on\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(RuntimeError, match="shapes"):
         common.run(lambda: raises(RuntimeError("shapes")))
     with pytest.raises(ZeroDivisionError):                       # a bug of ours keeps its traceback

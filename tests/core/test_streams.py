@@ -106,10 +106,13 @@ def raises(error):
 
 
 def test_interrupted(run, monkeypatch):
+    """A second Ctrl-C, while Python ends, ends it at once and says nothing more."""
+    before = signal.getsignal(signal.SIGINT)
     assert run(raises(KeyboardInterrupt())) == (130, "\ninterrupted\n")
     assert run(raises(KeyboardInterrupt()), "x goes on") == (130, "\ninterrupted; x goes on\n")
     monkeypatch.setenv("RANK", "1")
     assert run(raises(KeyboardInterrupt()), "x goes on") == (130, "")
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_DFL
 
 
 def test_processes_say_an_error_once(run, monkeypatch):
