@@ -38,8 +38,6 @@ from benchmarks import ASKED, TASKS, mmmu
 from benchmarks import exam as own
 from benchmarks import score as scoring
 from benchmarks.answers import Question, read_answers
-from benchmarks.reply import reply
-from benchmarks.reply import reply_ids as reply_ids
 from core import flags
 from core.common import UserError, clear_tmp, lock, make_folder, split, write_json
 from core.flags import whole
@@ -54,6 +52,8 @@ from tqdm import tqdm
 
 import fast
 from benchmarks import ask, kept, table1, table2
+from benchmarks.reply import reply
+from benchmarks.reply import reply_ids as reply_ids
 from ccra import VLM
 from clip import preprocess, read_pixels
 from core import distributed
