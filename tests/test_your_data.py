@@ -161,11 +161,11 @@ def test_a_file_that_is_no_csv(place, start, convert):
 # --------------------------------------------------------------------------------------------------
 # The page
 
-def commands(program):
-    """The words of the page's commands that start a program."""
+def commands(start):
+    """The words behind `start` in the page's commands that begin so."""
     lines = "".join(text for language, text in FENCED if not language).replace("\\\n", " ")
-    return [shlex.split(line)[2:] for line in lines.splitlines()
-            if line.startswith(f"python {program} ")]
+    return [shlex.split(line.removeprefix(start)) for line in lines.splitlines()
+            if line.startswith(f"{start} ")]
 
 
 def test_the_scripts_are_those_two():
@@ -173,14 +173,17 @@ def test_the_scripts_are_those_two():
     assert all(len(line) <= 100 for text in SCRIPTS.values() for line in text.splitlines())
 
 
-def test_its_commands_have_flags_that_there_are():
-    for words in commands("train.py"):
-        assert options.arguments(words).stage == 2
-    for words in commands("eval.py"):
-        assert evaluation.arguments(words).task.endswith(".json")
-    for words in commands("sample.py"):
-        assert sample.arguments(words).q
-    assert len(commands("train.py")) >= 4 and commands("eval.py") and commands("sample.py")
+def test_its_commands_have_flags_that_there_are(monkeypatch):
+    trainings = commands("python train.py")
+    assert len(trainings) == 3 and all(options.arguments(words).lora or "projector" in words
+                                       for words in trainings)
+    [exam, adapted] = map(evaluation.arguments, commands("python eval.py"))
+    assert exam.task.endswith(".json") and exam.images and adapted.adapter
+    assert all(sample.arguments(words).q for words in commands("python sample.py"))
+    assert len(commands("python data.py show")) == len(commands("python -m training.merge")) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    [words] = commands("torchrun --nproc_per_node=2 train.py")
+    assert options.arguments(words).keep_best
 
 
 def test_it_is_a_page():
