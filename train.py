@@ -43,7 +43,7 @@ from core.common import UserError, split, write_json
 from core.device import autocast_dtype
 from core.distributed import say, together, total, where
 from core.tokenizer import Tokenizer
-from training import adapters, asking, before, plan, setup, sharding
+from training import adapters, asking, before, lora, plan, setup, sharding
 from training.checkpoints import Checkpoints
 from training.log import Log, describe
 from training.options import arguments, check_places
@@ -416,14 +416,15 @@ def write_model(run: Run) -> None:
         if not first:
             continue
         if args.stage == 2:
-            tensors[name] = tensor.to("cpu", run.dtype)
+            tensors[name] = tensor.to("cpu", torch.float32 if ".lora_" in name else run.dtype)
         elif name in run.trained:
             tensors[name] = tensor.to("cpu", torch.float32)
         else:
             tensors[name] = found[name].detach()
     with together():
         if first:
-            model.save_pretrained(args.out, tokenizer_file=run.tokenizer.file, tensors=tensors)
+            model.save_pretrained(args.out, tokenizer_file=run.tokenizer.file,
+                                  tensors=lora.folded(model, tensors))
             write_json(args.out / "train.json", {**run.course, "model": setup.choices(model)})
 
 

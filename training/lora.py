@@ -88,3 +88,15 @@ def merge(llm: Llama) -> None:
                 whole = nn.Linear(layer.in_features, layer.out_features, bias=False)
             whole.weight = layer.weight.requires_grad_(True)
             setattr(part, name, whole)
+
+
+def folded(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by name, LoRA's folded into the weights they lie beside (`fold`)."""
+    tensors = dict(tensors)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
+            weight = tensors[f"{name}.weight"].clone()
+            fold(weight, A, B, layer.scale)
+            tensors[f"{name}.weight"] = weight
+    return tensors

@@ -153,6 +153,17 @@ def test_towers_that_are_trained_make_a_model(flags, tmp_path):
     assert not (tmp_path / "nanoccra.json").exists()
 
 
+def test_lora_beside_a_tower_that_is_trained_is_merged(base, flags, tmp_path):
+    """A tower's weights are no adapter, so the model is written, LoRA in its weights."""
+    train.main([*flags, *LORA, "--steps", "2", "--train", "projector", "vision", "--out",
+                str(tmp_path)])
+    model, plain = VLM.from_pretrained(tmp_path), VLM.from_pretrained(base / "plain").float()
+    for part in ("self_attn.q_proj", "mlp.up_proj"):
+        name = f"layers.1.{part}.weight"
+        assert not torch.equal(model.llm.get_parameter(name), plain.llm.get_parameter(name))
+    assert torch.equal(model.llm.embed_tokens.weight, plain.llm.embed_tokens.weight)
+
+
 @pytest.mark.parametrize("more, words", [
     (["--lora", "4", "--train", "llm"], "choose one"), (["--lora", "0"], "--lora"),
     (["--lora", "40000"], "LoRA of rank 40000: should be from 1 to 48"),
