@@ -79,7 +79,7 @@ class Asked:
             (self.question, None)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Question:
     """One that waits or is answered. lines: what the page is told, as it comes; the last one has
     "done" or "error"."""
@@ -88,6 +88,7 @@ class Question:
     asked: Asked
     row: Sample
     lines: SimpleQueue
+    before: int = 0                        # questions, as the page was told
     complete: bool = False                 # all lines are told
     stopped: bool = False                  # nobody waits for them any more
 
@@ -208,9 +209,8 @@ class Desk:
                 raise Refused(429, f"{WAITING} questions are waiting already; ask again later")
             self.pictures.move_to_end(asked.picture)
             question = Question(asker, picture, asked, row, SimpleQueue())
-            if before := len(self.line) + self.busy:
-                question.lines.put(dict(wait=before))
             self.line.append(question)
+            self.tell()
             self.changed.notify_all()
         return question
 
@@ -223,9 +223,11 @@ class Desk:
                 self.tell()
 
     def tell(self) -> None:
-        """Tell all that wait how many are before them."""
-        for i, question in enumerate(self.line):
-            question.lines.put(dict(wait=i + self.busy))
+        """Tell those that wait how many are before them, where that is new."""
+        for before, question in enumerate(self.line, self.busy):
+            if question.before != before:
+                question.before = before
+                question.lines.put(dict(wait=before))
 
     # Answers
 
@@ -233,13 +235,12 @@ class Desk:
         """Answer for ever, in the thread that calls."""
         while True:
             with self.changed:
+                self.busy = False
                 while not self.line:
                     self.changed.wait(0.5)           # Windows lets no Ctrl-C into a longer one
                 question, self.busy = self.line.popleft(), True
                 self.tell()
             self.answer(question)
-            with self.changed:
-                self.busy = False
 
     def answer(self, question: Question) -> None:
         """Its lines. An error is one, too, and the next question can be answered."""

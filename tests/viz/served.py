@@ -1,4 +1,4 @@
-"""A page's server in this process, and what asks it."""
+"""Who asks a page's server, and one in this process."""
 import http.client
 import json
 import socket
@@ -16,43 +16,11 @@ from viz.server import Server
 SCENE = ROOT / "assets" / "scene.png"
 
 
-class Ended(BaseException):
-    """What ends a desk's work, as Ctrl-C does."""
+class Client:
+    """Who asks a server at a port of this machine."""
 
-
-class Live:
-    """A server on a free port, its models at work in a thread.
-
-    folders: of its models. It ends with `close`.
-    """
-
-    def __init__(self, *folders: Path, most: int = 128):
-        args = sample.arguments(["--serve", "--device", "cpu", "--max-new-tokens", str(most)])
-        self.desk = Desk([Asker(args, folder) for folder in folders])
-        self.server = Server()
-        self.server.start(self.desk)
-        self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.work)
-        self.thread.start()
-
-    def work(self) -> None:
-        try:
-            self.desk.work()
-        except Ended:
-            pass
-
-    def close(self) -> None:
-        def end(question):
-            raise Ended
-
-        self.desk.answer = end
-        self.desk.line.append(SimpleNamespace(lines=SimpleQueue()))
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-    # Asking
+    def __init__(self, port: int):
+        self.port = port
 
     def request(self, method: str, path: str, body=None, **headers) -> tuple[int, object]:
         """(status, the answer: its JSON, or bytes if it is none)."""
@@ -104,3 +72,40 @@ class Live:
         asked = {"picture": asked.pop("picture", None) or self.scene(), "question": question,
                  **asked}
         return list(self.lines(**asked))[-1]
+
+
+class Ended(BaseException):
+    """What ends a desk's work, as Ctrl-C does."""
+
+
+class Live(Client):
+    """A server on a free port, its models at work in a thread.
+
+    folders: of its models. It ends with `close`.
+    """
+
+    def __init__(self, *folders: Path, most: int = 128):
+        args = sample.arguments(["--serve", "--device", "cpu", "--max-new-tokens", str(most)])
+        self.desk = Desk([Asker(args, folder) for folder in folders])
+        self.server = Server()
+        self.server.start(self.desk)
+        super().__init__(self.server.server_port)
+        self.thread = threading.Thread(target=self.work)
+        self.thread.start()
+
+    def work(self) -> None:
+        try:
+            self.desk.work()
+        except Ended:
+            pass
+
+    def close(self) -> None:
+        def end(question):
+            raise Ended
+
+        self.desk.answer = end
+        self.desk.line.append(SimpleNamespace(lines=SimpleQueue()))
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join(30)
+        assert not self.thread.is_alive()

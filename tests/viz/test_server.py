@@ -12,7 +12,7 @@ import pytest
 
 import sample
 from core.common import ROOT, UserError
-from tests.viz.served import SCENE, Live
+from tests.viz.served import SCENE, Client
 from viz import handler, server
 
 COLOR = "What color is the square?"
@@ -245,9 +245,9 @@ def test_ctrl_c_ends_it_at_once(tmp_path):
         said = program.stdout.readline()
         port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C ends it\)\n", said)[1])
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        told = Live.request(Asking(port), "POST", "/picture", SCENE.read_bytes())[1]
+        told = Client(port).request("POST", "/picture", SCENE.read_bytes())[1]
         asked = dict(picture=told["picture"], question="Where is it?", temperature=100)
-        lines = Live.lines(Asking(port), **asked)
+        lines = Client(port).lines(**asked)
         next(lines)
         began = time.monotonic()
         program.send_signal(signal.SIGINT)
@@ -258,10 +258,3 @@ def test_ctrl_c_ends_it_at_once(tmp_path):
         program.communicate()
     for one in idle:
         one.close()
-
-
-class Asking:
-    """What Live.request needs of a server in another process."""
-
-    def __init__(self, port):
-        self.port = port
