@@ -35,6 +35,7 @@ COLOR = "What color is the square?"
 UP = "../../../../etc/passwd"
 STATUSES = {200, 400, 403, 404, 405, 408, 411, 413, 415, 431, 503, 505}
 CALM = 100                    # questions until what is kept is complete
+GROWTH = 1.05                 # of memory, open files and threads after that
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,6 +240,19 @@ def ask_often(client: Client, pid: int, n: int) -> list[tuple[float, int, int]]:
     return seen
 
 
+def flat(seen: list[tuple[float, int, int]]) -> list[str]:
+    """Print what was seen, and say what has grown."""
+    grown = []
+    for what, values in zip(("MB of memory", "open files", "threads"), zip(*seen)):
+        early, late = (statistics.median(values[part]) for part in (
+            slice(CALM, CALM + 50), slice(-50, None)))
+        print(f"{what}: {early:.1f} after {CALM} questions, {late:.1f} in the end, most "
+              f"{max(values):.1f}")
+        if late > GROWTH * early:
+            grown.append(f"{what}: not flat")
+    return grown
+
+
 def served(arguments: list[str]) -> tuple[subprocess.Popen, Client]:
     """sample.py --serve as a process of its own, ready."""
     command = [sys.executable, str(ROOT / "sample.py"), "--serve", *arguments]
@@ -251,23 +265,19 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--requests", type=int, default=200)
     p.add_argument("--idle", type=int, default=1000)
-    p.add_argument("--questions", type=int, default=500, help=f"at least {2 * CALM}")
+    p.add_argument("--questions", type=int, default=500, help=f"at least {2 * CALM}; 0: none")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     program, client = served(["--device", "cpu"])
     try:
         ends, faults = attack(client, args.requests, args.seed)
         print(*(f"{end:28} {count:6,}" for end, count in sorted(ends.items())), sep="\n")
-        print(f"{args.requests:,} requests, {len(faults)} ended badly", *faults, sep="\n")
+        print(f"{args.requests:,} requests, {len(faults)} ended badly")
         took = idle(client, args.idle)
         print(f"beside {args.idle:,} idle connections a question was answered in {took:.2f} s")
         vanish(client, 20)
         seen = ask_often(client, program.pid, args.questions)
-        for what, values in zip(("MB of memory", "open files", "threads"), zip(*seen)):
-            early, late = (statistics.median(values[part]) for part in (
-                slice(CALM, CALM + 50), slice(-50, None)))
-            print(f"{what}: {early:.1f} after {CALM} questions, {late:.1f} in the end, most "
-                  f"{max(values):.1f}")
+        faults += flat(seen)
         began = time.monotonic()
         program.send_signal(signal.SIGINT)
         code = program.wait(30)
@@ -275,7 +285,7 @@ def main() -> None:
         said = program.stderr.read()
         if code != 130 or said.strip() != "interrupted":
             faults.append(f"it said: {said}")
-            print(faults[-1])
+        print(f"{len(faults)} faults", *faults, sep="\n")
     finally:
         program.kill()
     sys.exit(bool(faults))

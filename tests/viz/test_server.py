@@ -12,6 +12,7 @@ import pytest
 
 import sample
 from core.common import ROOT, UserError
+from tests.attack.server import KINDS, attack
 from tests.viz.served import SCENE, Client
 from viz import handler, server
 
@@ -178,6 +179,13 @@ def test_many_who_say_nothing(live):
     assert len(live.server.connections) <= server.CONNECTIONS
     for one in idle:
         one.close()
+
+
+def test_hostile_requests(live, capsys):
+    """One of each kind; a question is answered after ten. (More: python -m tests.attack.server.)"""
+    ends, faults = attack(live, len(KINDS), seed=0)
+    assert not faults and sum(ends.values()) == len(KINDS) > 12
+    assert capsys.readouterr().err == ""
 
 
 def test_no_room(live, monkeypatch):
