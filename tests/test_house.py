@@ -320,7 +320,7 @@ def test_links_lead_somewhere(files):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("program", [*SEVEN[2:4], *SEVEN[5:], "toy", "study", "viz", "bench",
                                      "bench.big", "bench.card", "bench.decode", "bench.make_llava",
-                                     "bench.peak", "bench.lora", "training.curve",
+                                     "bench.peak", "bench.lora", "bench.serve",
                                      "training.merge", "viz.shots"])
 def test_every_program_says_what_it_is(program, monkeypatch, capsys):
     """-h of every program: in this process, where torch is loaded already."""

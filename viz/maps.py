@@ -1,30 +1,34 @@
 """What a model looks at while it answers.
 
 CCRA's maps come with every answer (ccra.py). Attention inside the language model doesn't: it is
-fused, its weights are never written out. `watch` computes those of the newest position again,
-beside the answer, from the same queries and keys. Nothing is changed, and what isn't watched costs
-nothing. figures.py draws what is found, explorer.py makes a page of it:
+fused, its weights are never written out. `watch` keeps the queries of the newest position beside
+the answer, and computes those weights again from the same queries and keys. Nothing is changed, and
+what isn't watched costs nothing. figures.py draws what is found, explorer.py makes a page of it:
 
     sight = ask(model, tokenizer, image, "Where is the cat?")
     figures.figure3(sight).save("out.png")
 """
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccra import CCRA, USED, VLM, project, smooth
 from clip import preprocess
-from core.common import UserError
+from core.common import UserError, split
 from core.tokenizer import IMAGE_TOKEN, Tokenizer
 from data import item, make_batch, prompt
 from fast.graph import unrecorded
 
 Box = tuple[float, float, float, float]          # left, top, right, bottom
+Step = tuple[Tensor, int, Tensor]    # a token's query (H, hd), of how many of the keys, and those,
+                                     # (1, n_kv, room, hd)
+AT_ONCE = 64                         # steps: of 4,096 positions and 32 heads 34 MB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,23 +60,43 @@ class Sight:
         return mean.mean(0) if token is None else mean[token]
 
 
-@dataclass
 class Seen:
-    """What `watch` notes. rows: {block: [(T) for each step]}, the attention of the position that
-    says the next token to all T positions so far; mean over heads, sums to 1."""
-    rows: dict[int, list[Tensor]]
-    maps: dict[str, Tensor] = field(default_factory=dict)
+    """What `watch` notes of some blocks of the language model, and of the fuser.
+
+    While the answer is made only queries are kept, a copy each: what they look at is computed once
+    it is asked for, all tokens at once.
+    """
+
+    def __init__(self, layers: Sequence[int]):
+        self.steps: dict[int, list[Step]] = {layer: [] for layer in layers}
+        self.newest: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.maps: dict[str, Tensor] = {}
+
+    def noting(self, attn: nn.Module) -> Callable:
+        """An attention's qkv, but it notes queries and keys."""
+        qkv = attn.qkv
+
+        def noted(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = qkv(*given)
+            self.newest[attn] = q, k
+            return q, k, v
+
+        return noted
 
     def attended(self, attn, inputs, output) -> None:
         """A hook of llama.Attention. One row has no padding, so the mask hides nothing."""
-        x, cos, sin, _, _, cache, layer = inputs
-        q, k, _ = attn.qkv(x, cos, sin)                                  # (1, H or n_kv, T, hd)
+        *_, cache, layer = inputs
+        q, keys = self.newest.pop(attn)                                  # (1, H or n_kv, T, hd)
+        length = q.shape[2]
         if cache is not None:
-            k = cache.keys[layer][:, :, :cache.length + x.shape[1]]      # (1, n_kv, T_total, hd)
-        q = q[0, :, -1].float().view(attn.n_kv, -1, attn.head_dim)       # (n_kv, group, hd)
-        scores = q @ k[0].float().transpose(1, 2) / math.sqrt(attn.head_dim)
-        shares = scores.softmax(-1)                                      # (n_kv, group, T_total)
-        self.rows[layer].append(shares.mean((0, 1)).cpu())
+            length, keys = cache.length + length, cache.keys[layer]      # (1, n_kv, room, hd)
+        self.steps[layer].append((q[0, :, -1].clone(), length, keys))
+
+    @property
+    def rows(self) -> dict[int, list[Tensor]]:
+        """{block: [(T) for each step]}: the attention of the position that says the next token to
+        all T positions so far; mean over heads, sums to 1. On the CPU."""
+        return {layer: attention_rows(steps) for layer, steps in self.steps.items()}
 
     def fused(self, fuser, inputs, output) -> None:
         """A hook of the fuser."""
@@ -89,19 +113,43 @@ class Seen:
         """batch: what model.generate was given; tokens: the ids that came out. UserError if a
         picture's rows aren't its patches."""
         grid, ids = model.vision.grid, batch["ids"][0].tolist()
-        at, N = ids.index(IMAGE_TOKEN), grid ** 2
-        first = next(iter(self.rows.values()))[0]
+        at, N, seen = ids.index(IMAGE_TOKEN), grid ** 2, self.rows
+        first = next(iter(seen.values()))[0]
         if len(first) != len(ids) - 1 + N:
             raise UserError(f"{name or 'this model'}: its fuser doesn't give one row for each of "
                             f"{N} patches, so its attention can't be drawn on the picture")
         steps = max(1, len(tokens))     # an answer that ends at once: what made it end
-        llm = [torch.stack([row[at:at + N] for row in rows[:steps]]) for rows in self.rows.values()]
+        llm = [torch.stack([row[at:at + N] for row in rows[:steps]]) for rows in seen.values()]
         words = pieces(tokenizer, batch["query"][0].tolist())
         said = pieces(tokenizer, tokens) or ["(nothing)"]
-        layers = [layer + 1 for layer in self.rows]
+        layers = [layer + 1 for layer in seen]
         shown, box = visible(image, model.image["pad"])
         return Sight(shown, box, grid, question, words, said, torch.stack(llm), layers, self.maps,
                      name)
+
+
+def attention_rows(steps: list[Step]) -> list[Tensor]:
+    """[(T)] of some steps: the shares of attention. Steps with the same keys, an answer's, are
+    computed together; each sees what was there when it came."""
+    rows = []
+    for _, same in groupby(steps, key=lambda step: id(step[2])):
+        for some in split(list(same), AT_ONCE):
+            queries, lengths, keys = zip(*some)
+            q = torch.stack(queries, 1).float()                          # (H, S, hd)
+            shares = mean_shares(q, keys[0][0, :, :max(lengths)].float(), lengths)
+            rows += [row[:length] for row, length in zip(shares.cpu(), lengths)]
+    return rows
+
+
+@torch.no_grad()
+def mean_shares(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Softmax of q k^T / sqrt(hd), mean over heads. q (H, S, hd), k (n_kv, T, hd), lengths: how
+    many of the T keys each of the S queries sees -> (S, T)."""
+    (H, S, hd), (n_kv, T, _) = q.shape, k.shape
+    scores = q.reshape(n_kv, -1, hd) @ k.mT / math.sqrt(hd)              # (n_kv, group S, T)
+    later = torch.arange(T) >= torch.tensor(lengths)[:, None]            # (S, T)
+    scores = scores.view(H, S, T).masked_fill(later.to(k.device), -math.inf)
+    return scores.softmax(-1).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,20 +167,23 @@ def watch(model: VLM, layers: Sequence[int] | None = None) -> Iterator[Seen]:
     """Note what fuser and language model look at while ONE row (B = 1) is answered inside.
 
     layers: which blocks of the language model, counted from 0 (default: `middle`). The queries are
-    computed a second time, by the layer's own projections, whether they are packed, int8 or not;
-    the keys are those of the cache.
+    those that the layer itself computes, whether it is packed, int8 or not; the keys are those of
+    the cache.
     """
     layers = middle(len(model.llm.layers)) if layers is None else layers
-    seen = Seen({layer: [] for layer in layers})
+    seen, watched = Seen(layers), [model.llm.layers[layer].self_attn for layer in layers]
     hooks = [model.fuser.register_forward_hook(seen.fused)]
-    for layer in layers:
-        hooks.append(model.llm.layers[layer].self_attn.register_forward_hook(seen.attended))
+    for attn in watched:
+        hooks.append(attn.register_forward_hook(seen.attended))
+        attn.qkv = seen.noting(attn)
     try:
         with unrecorded(model.llm):
             yield seen
     finally:
         for hook in hooks:
             hook.remove()
+        for attn in watched:
+            del attn.qkv                             # and the method is there again
 
 
 def ask(model: VLM, tokenizer: Tokenizer, image: Image.Image, question: str,
