@@ -321,7 +321,7 @@ def test_links_lead_somewhere(files):
 @pytest.mark.parametrize("program", [*SEVEN[2:4], *SEVEN[5:], "toy", "study", "viz", "bench",
                                      "bench.big", "bench.card", "bench.decode", "bench.make_llava",
                                      "bench.peak", "bench.lora", "bench.serve",
-                                     "training.merge", "viz.shots"])
+                                     "training.curve", "training.merge", "viz.shots"])
 def test_every_program_says_what_it_is(program, monkeypatch, capsys):
     """-h of every program: in this process, where torch is loaded already."""
     monkeypatch.setattr(sys, "argv", [program, "-h"])
